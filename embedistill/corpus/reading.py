@@ -1,0 +1,218 @@
+"""Read records from files, folders, the Hub, or installed packages."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedistill import hub
+from embedistill.corpus.docstrings import find_packages, read_docstrings
+from embedistill.corpus.records import Record
+from embedistill.errors import EmbedistillError, UsageError
+from embedistill.progress import progress_bar
+
+SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+_SPLITS = {"train", "validation", "test", "dev"}
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands, and its columns."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a source are read, and what becomes of a bad row."""
+
+    text: str = "text"
+    query: str | None = None
+    max_characters: int = 100_000
+    bad_rows: Literal["error", "skip"] = "error"
+
+
+def describe_source(source: str) -> list[Any]:
+    """Return what changes when the content of a source does: files with size and time, packages with version.
+
+    Raises:
+        UsageError: The source does not exist or is of no known kind.
+    """
+    kind, _, name = source.partition(":")
+    match kind:
+        case "docstrings":
+            return [[package.name, package.version] for package in find_packages(_names(name))]
+        case "hf":
+            return [source]
+        case _:
+            files = [(file, file.stat()) for file in _list_files(Path(source))]
+            return [[str(file), status.st_size, status.st_mtime_ns] for file, status in files]
+
+
+def read_corpus(source: str, columns: Columns) -> Iterator[Record | None]:
+    """Yield the records of a source, in its order; None stands for a bad row that is skipped.
+
+    Args:
+        source: A .txt, .csv, .jsonl or .parquet file (.gz too), a folder of them, hf:org/dataset[:config][:split], or
+            docstrings:[package,package].
+        columns: Which columns to read.
+
+    Raises:
+        UsageError: A file that cannot be read as what its name says, a missing column, or a bad row.
+        EmbedistillError: The Hub does not answer.
+    """
+    kind, _, name = source.partition(":")
+    match kind:
+        case "docstrings":
+            packages = find_packages(_names(name))
+            with progress_bar("Reading docstrings", len(packages), "packages") as advance:
+                for package in packages:
+                    yield from read_docstrings(package)
+                    advance(1)
+        case "hf":
+            yield from _to_records(_hub_rows(name), columns, name)
+        case _:
+            for file in _list_files(Path(source)):
+                yield from _to_records(_file_rows(file), columns, file.name.split(".")[0])
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[Record | None]:
+    for where, row in rows:
+        problem = _problem(where, row, columns.text, columns.max_characters)
+        if columns.query and not problem:
+            problem = _problem(where, row, columns.query, columns.max_characters)
+        if problem and columns.bad_rows == "error":
+            raise problem
+        if problem:
+            yield None
+        else:
+            query = row[columns.query].strip() if columns.query else None
+            yield Record(row[columns.text].strip(), str(row.get("source") or source), query or None)
+
+
+def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: int) -> UsageError | None:
+    """Say what is wrong with a cell, if anything; a missing column is always an error."""
+    if column not in row:
+        names = ", ".join(str(name) for name in row)
+        raise UsageError(where, f"no column {column!r}", f"one of: {names}", "set corpus.text_column or corpus.query_column")
+    mend = "mend the row, or set corpus.bad_rows=skip to leave such rows out"
+    value = row[column]
+    if not isinstance(value, str):
+        found = "null" if value is None else f"{type(value).__name__} {value!r:.60}"
+        return UsageError(where, f"{column} is {found}", "a string", mend)
+    if len(value) > max_characters:
+        return UsageError(where, f"{column} has {len(value):,} characters", f"at most {max_characters:,}", mend)
+    return None
+
+
+def _list_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise UsageError(f"corpus.source: {path}", "no such file or folder", do="check the path")
+    if path.is_file():
+        if _suffix(path) not in SUFFIXES:
+            raise UsageError(str(path), f"a {path.suffix or 'nameless'} file", f"{', '.join(SUFFIXES)} (.gz too)", "convert it")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    if not files:
+        raise UsageError(str(path), "a folder with no such file", f"{', '.join(SUFFIXES)} (.gz too)")
+    return files
+
+
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    try:
+        match _suffix(path):
+            case ".parquet":
+                yield from _parquet_rows(path)
+            case ".jsonl":
+                yield from _jsonl_rows(path)
+            case ".csv":
+                yield from _csv_rows(path)
+            case _:
+                yield from ((where, {"text": line}) for where, line in _lines(path) if line.strip())
+    except (gzip.BadGzipFile, EOFError, pa.ArrowInvalid, csv.Error) as error:
+        raise UsageError(str(path), str(error), f"a {_suffix(path)} file", "check how it was written") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            where = f"{path}:{number}"
+            if b"\0" in line:
+                raise UsageError(where, "a NUL byte: a binary file", "text in UTF-8", "check the path")
+            try:
+                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                found = f"byte 0x{line[error.start]:02x} is not UTF-8"
+                do = f"convert it, such as: iconv -f latin1 -t utf-8 {path.name}"
+                raise UsageError(where, found, "text in UTF-8", do) from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for where, line in _lines(path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(where, f"not JSON: {error.msg}", "one object a line", "mend the line") from None
+            if not isinstance(row, dict):
+                raise UsageError(where, f"a JSON {type(row).__name__}", "an object with a text column", "mend the line")
+            yield where, row
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(line for _, line in _lines(path))
+    for row in reader:
+        yield f"{path}:{reader.line_num}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    number = 0
+    with path.open("rb") as stream:
+        for batch in pq.ParquetFile(stream).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:row {number}", row
+
+
+def _hub_rows(name: str) -> Iterator[Row]:
+    import datasets
+
+    path, config, split = _parse_hub_name(name)
+    where = f"corpus.source: hf:{name}"
+    if not hub.reachable():
+        raise EmbedistillError(where, "the Hub does not answer", do="check the network, or name a local file")
+    try:
+        loaded = datasets.load_dataset(path, config, split=split)
+    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        raise UsageError(where, str(error), "hf:org/dataset[:config][:split]", "check the name") from None
+    for number, row in enumerate(loaded, start=1):
+        yield f"hf:{name}:row {number}", row
+
+
+def _parse_hub_name(name: str) -> tuple[str, str | None, str]:
+    """Split org/dataset[:config][:split]; one part alone is a split where it is named like one."""
+    path, *rest = name.split(":")
+    match rest:
+        case []:
+            return path, None, "train"
+        case [part] if part.split("[")[0] in _SPLITS:
+            return path, None, part
+        case [config]:
+            return path, config, "train"
+        case [config, split]:
+            return path, config, split
+        case _:
+            raise UsageError(f"corpus.source: hf:{name}", "too many parts", "hf:org/dataset[:config][:split]")

@@ -1,0 +1,56 @@
+"""A record of a corpus, and corpora on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedistill.files import written_aside
+
+Split = Literal["train", "holdout"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text to search for, where it came from, and a short text (title, question) that should find it."""
+
+    text: str
+    source: str = ""
+    query: str | None = None
+
+    @property
+    def document(self) -> str:
+        """The text without its own query, so that finding it is more than matching a copy."""
+        return " ".join(self.text.replace(self.query, "", 1).split()) if self.query else self.text
+
+    @property
+    def texts(self) -> list[str]:
+        """What a teacher encodes of it: the document, and the query where there is one."""
+        return [self.document, self.query] if self.query else [self.document]
+
+
+def save_corpus(path: Path, splits: dict[Split, list[Record]]) -> None:
+    """Write records to one parquet file with the columns text, source, query, split."""
+    rows = [(record, split) for split, records in splits.items() for record in records]
+    table = pa.table(
+        {
+            "text": pa.array([record.text for record, _ in rows], pa.string()),
+            "source": pa.array([record.source for record, _ in rows], pa.string()),
+            "query": pa.array([record.query for record, _ in rows], pa.string()),
+            "split": pa.array([split for _, split in rows], pa.string()),
+        }
+    )
+    with written_aside(path) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def load_corpus(path: Path) -> dict[Split, list[Record]]:
+    """Read what `save_corpus` wrote."""
+    splits: dict[Split, list[Record]] = {"train": [], "holdout": []}
+    for row in pq.read_table(path).to_pylist():
+        splits[row.pop("split")].append(Record(**row))
+    return splits

@@ -1,0 +1,1 @@
+"""Compare models on STS, FAISS retrieval and agreement with the teacher, with an interval on every figure."""

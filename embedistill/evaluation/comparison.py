@@ -1,0 +1,97 @@
+"""How much of the teacher a student keeps, how sure that is, and whether it is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from embedistill.evaluation.metrics import SPEARMAN, Values, bootstrap
+from embedistill.evaluation.scoring import Result
+
+Verdict = Literal["PASS", "FAIL", "UNDECIDED"]
+STS_MEAN = "STS mean"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Student metric / teacher metric on the same items, with a 95 % interval, and the verdict against a margin."""
+
+    value: float
+    low: float
+    high: float
+    verdict: Verdict | None = None
+
+    def __str__(self) -> str:
+        """Say it in one line: 0.967 [0.955, 0.979] PASS."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" + (f" {self.verdict}" if self.verdict else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one task: the value of every role, and the retention of every role but the teacher."""
+
+    task: str
+    metric: str
+    n_items: int
+    values: dict[str, float]
+    retention: dict[str, Retention]
+
+
+def compare_results(
+    results: Sequence[Result], *, resamples: int, seed: int, margin: float | None = None
+) -> list[Comparison]:
+    """Compare every role's results with the teacher's, task by task and metric by metric, in the order of the results.
+
+    Retention has a percentile interval from a paired bootstrap: the same resamples of items for both models. With two STS
+    sets or more, a last row has the mean of their values; its interval resamples the items of every set.
+
+    Args:
+        results: Results on the same items; where none has the role "teacher", there is no retention.
+        resamples: Bootstrap resamples.
+        seed: Of the resamples.
+        margin: With it, retention has a verdict: PASS when the interval is above 1 - margin, FAIL when below.
+    """
+    comparisons = []
+    of_sts: list[tuple[dict[str, float], dict[str, Values]]] = []
+    for task in dict.fromkeys(result.task for result in results):
+        peers = {result.role: result for result in results if result.task == task}
+        for metric in dict.fromkeys(name for peer in peers.values() for name in peer.metrics):
+            having = {role: peer for role, peer in peers.items() if metric in peer.metrics}
+            values = {role: peer.metrics[metric] for role, peer in having.items()}
+            draws = {role: bootstrap(peer.items, metric, resamples, seed) for role, peer in having.items()}
+            n_items = len(next(iter(next(iter(having.values())).items.values())))
+            comparisons.append(Comparison(task, metric, n_items, values, _retentions(values, draws, margin)))
+            if metric == SPEARMAN:
+                of_sts.append((values, draws))
+    if len(of_sts) > 1:
+        roles = [role for role in of_sts[0][0] if all(role in values for values, _ in of_sts)]
+        means = {role: float(np.mean([values[role] for values, _ in of_sts])) for role in roles}
+        draws = {role: np.mean([drawn[role] for _, drawn in of_sts], axis=0) for role in roles}
+        n_items = sum(comparison.n_items for comparison in comparisons if comparison.metric == SPEARMAN)
+        comparisons.append(Comparison(STS_MEAN, SPEARMAN, n_items, means, _retentions(means, draws, margin)))
+    return comparisons
+
+
+def decide(low: float, high: float, margin: float | None) -> Verdict | None:
+    """Return the verdict on an interval of retention; None without a margin."""
+    if margin is None:
+        return None
+    if low > 1 - margin:
+        return "PASS"
+    return "FAIL" if high < 1 - margin else "UNDECIDED"
+
+
+def _retentions(values: dict[str, float], draws: dict[str, Values], margin: float | None) -> dict[str, Retention]:
+    if not values.get("teacher"):
+        return {}  # a teacher at zero has nothing to keep
+    retentions = {}
+    for role in values:
+        if role != "teacher":
+            safe = np.where(draws["teacher"] == 0, np.nan, draws["teacher"])
+            low, high = (float(bound) for bound in np.nanpercentile(draws[role] / safe, [2.5, 97.5]))
+            value = values[role] / values["teacher"]
+            retentions[role] = Retention(value, low, high, decide(low, high, margin))
+    return retentions

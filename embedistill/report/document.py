@@ -1,0 +1,104 @@
+"""The report of a run as one value, on disk as report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embedistill.errors import UsageError
+from embedistill.evaluation.comparison import Comparison, Retention, Verdict
+from embedistill.files import read_json, write_json
+
+SCHEMA_VERSION = 1
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model costs.
+
+    Attributes:
+        role: teacher, student, untrained, or a baseline's name.
+        name: Its id or path.
+        parameters: How many.
+        layers: Transformer layers, where it has any.
+        embedding_size: Dimension of its embeddings.
+        megabytes: On disk.
+        texts_per_second: Measured beside the others in one run.
+    """
+
+    role: str
+    name: str
+    parameters: int
+    layers: int | None
+    embedding_size: int
+    megabytes: float
+    texts_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Models and how they compare.
+
+    Attributes:
+        name: Of the run.
+        models: The teacher first.
+        comparisons: One a metric.
+        margin: Of the verdicts.
+        corpus: What became of the corpus, counts by name.
+        seconds: By stage.
+        skipped: Tasks that were asked for and could not be had.
+    """
+
+    name: str
+    models: Sequence[ModelFacts]
+    comparisons: Sequence[Comparison]
+    margin: float | None = None
+    corpus: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def retention(self, task: str, metric: str | None = None, role: str = "student") -> Retention:
+        """Return how much of the teacher a model keeps on a task; by its first metric where none is named.
+
+        Raises:
+            KeyError: There is no such task, metric or role.
+        """
+        for comparison in self.comparisons:
+            if comparison.task == task and metric in {None, comparison.metric} and role in comparison.retention:
+                return comparison.retention[role]
+        raise KeyError(f"{task}, {metric}, {role}: not in {[(row.task, row.metric) for row in self.comparisons]}")
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The worst verdict of the student: FAIL before UNDECIDED before PASS; None without a margin."""
+        verdicts = {row.retention["student"].verdict for row in self.comparisons if "student" in row.retention}
+        worst: tuple[Verdict, ...] = ("FAIL", "UNDECIDED", "PASS")
+        return next((verdict for verdict in worst if verdict in verdicts), None)
+
+
+def save_report(report: Report, folder: Path) -> None:
+    """Write report.json."""
+    write_json(folder / REPORT, asdict(report))
+
+
+def load_report(folder: Path) -> Report:
+    """Read the report of a run.
+
+    Raises:
+        UsageError: There is none, or it is of another version.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        raise UsageError(str(folder), f"no {REPORT}", "the folder of a finished run", "embedistill run RECIPE makes one")
+    content: dict[str, Any] = read_json(path)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise UsageError(str(path), f"schema_version {content.get('schema_version')}", str(SCHEMA_VERSION))
+    comparisons = [
+        Comparison(**{**row, "retention": {role: Retention(**kept) for role, kept in row["retention"].items()}})
+        for row in content["comparisons"]
+    ]
+    return Report(**{**content, "models": [ModelFacts(**row) for row in content["models"]], "comparisons": comparisons})

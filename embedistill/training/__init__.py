@@ -1,0 +1,1 @@
+"""Train a student on cached teacher embeddings."""
