@@ -57,7 +57,7 @@ class EmbeddingCache:
         """Store one vector a text, shape (n_texts, dim). When this returns they are on the disk."""
         hashes = np.frombuffer(b"".join(_hash(text) for text in texts), np.uint8).reshape(len(texts), 32)
         shard = hashlib.sha256(hashes.tobytes()).hexdigest()[:16]
-        files = {"vectors": np.asarray(vectors, np.float16), "texts": hashes}
+        files: dict[str, npt.NDArray[Any]] = {"vectors": np.asarray(vectors, np.float16), "texts": hashes}
         sums = {}
         for name, array in files.items():
             path = self.folder / f"{shard}.{name}.npy"
@@ -76,7 +76,9 @@ class EmbeddingCache:
         missing = self.missing(texts)
         if missing:
             raise EmbedistillError(
-                f"cache {self.folder}", f"no vector for {len(missing)} texts, the first {missing[0]!r:.60}", do="run again"
+                f"cache {self.folder}",
+                f"no vector for {len(missing)} texts, the first {missing[0]!r:.60}",
+                do="run again",
             )
         return np.array([self._rows[_hash(text)] for text in texts], np.int64)
 
@@ -99,7 +101,9 @@ class EmbeddingCache:
         hashes = np.load(self.folder / f"{name}.texts.npy", allow_pickle=False)
         if vectors.shape != (manifest["rows"], self.dim) or len(hashes) != manifest["rows"]:
             found = f"shard {name} of shape {vectors.shape}"
-            raise EmbedistillError(f"cache {self.folder}", found, f"({manifest['rows']}, {self.dim})", f"delete {name}.*")
+            raise EmbedistillError(
+                f"cache {self.folder}", found, f"({manifest['rows']}, {self.dim})", f"delete {name}.*"
+            )
         start = len(self)
         self._rows.update((row.tobytes(), start + index) for index, row in enumerate(hashes))
         self._shards.append(vectors)

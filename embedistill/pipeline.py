@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from embedistill.cache import EmbeddingCache
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
 from embedistill.evaluation.comparison import compare_results
-from embedistill.evaluation.scoring import Embeddings, Encoder, load_results, save_result, score_model
-from embedistill.evaluation.speed import measure_speed
-from embedistill.evaluation.tasks import AgreementTask, Task, load_tasks, make_known_item_task
-from embedistill.files import fingerprint, folder_bytes, remove, written_aside
-from embedistill.progress import note, progress_bar
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, Recipe
-from embedistill.report.document import REPORT, ModelFacts, Report, load_report, save_report
+from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed
+from embedistill.evaluation.scoring import Embeddings, load_results, save_result, score_model
+from embedistill.evaluation.tasks import (
+    AgreementTask,
+    Task,
+    describe_tasks,
+    load_task,
+    load_tasks,
+    make_known_item_task,
+)
+from embedistill.files import folder_bytes, remove, written_aside
+from embedistill.progress import note
+from embedistill.recipe import AGREEMENT, KNOWN_ITEM, Dtype, Recipe, dump_recipe
+from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stages, check_space, hold_folder, list_versions
 from embedistill.student import (
     build_student,
     check_plan,
-    count_layers,
     fit_pca,
     load_projection,
     project,
     save_student,
 )
 from embedistill.teacher import (
+    CachedTeacher,
     LocatedModel,
     choose_dtype,
-    describe_encoding,
+    default_cache_dir,
     encode,
-    encode_to_cache,
+    encode_with_progress,
     load,
     locate,
 )
@@ -51,7 +54,7 @@ from embedistill.training.loop import Schedule, train
 _HEAD_TEXTS = 2_000
 _PCA_TEXTS = 20_000
 _SPEED_TEXTS = 128
-_MODEL_COPIES = 10  # the student twice, and two checkpoints with their optimiser states
+_MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,12 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         EmbedistillError: Something is wrong with the recipe's data, teacher or folder; it says what to do.
     """
     folder = Path(run_dir or Path("runs") / recipe.name)
-    with hold_folder(folder, recipe):
+    with hold_folder(folder, dump_recipe(recipe)):
         line = _Line(recipe, folder, Path(cache_dir or default_cache_dir()))
         stages = line.stages
-        source, tasks = describe_source(recipe.corpus.source), [fingerprint(asdict(task)) for task in line.tasks]
-        corpus = stages.run("corpus", line.read, [source, tasks], ["corpus.parquet"])
-        encoded = stages.run("encode", line.encode, [corpus, line.teacher.weights_sha256], [])
+        found = [describe_source(recipe.corpus.source), describe_tasks(line.task_names, line.data)]
+        corpus = stages.run("corpus", line.read, found, ["corpus.parquet"])
+        encoded = stages.run("encode", line.encode, [corpus, line.teacher.located.weights_sha256], [])
         built = stages.run("student", line.build, [encoded], ["untrained"])
         trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
         scored = stages.run("evaluation", line.evaluate, [trained], ["results"])
@@ -94,31 +97,41 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
     return Run(folder, load_report(folder))
 
 
-def default_cache_dir() -> Path:
-    """Return $EMBEDISTILL_CACHE, or embedistill in the user's cache folder."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("EMBEDISTILL_CACHE") or cache_home / "embedistill")
-
-
 class _Line:
     """The stages of one run. What a stage needs of an earlier one is read from disk when it is first asked for."""
 
     def __init__(self, recipe: Recipe, folder: Path, cache_dir: Path) -> None:
         self.recipe, self.folder, self.cache_dir = recipe, folder, cache_dir
+        self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
         self.stages = Stages(folder, recipe.seed)
-        self.layers = check_plan(self.teacher.path, recipe.student.layers, recipe.student.embedding_size)
-        self.baselines = {name: locate(name, models_dir=cache_dir / "models") for name in recipe.evaluation.baselines}
+        located = self._locate(recipe.teacher.model, recipe.teacher.revision)
+        self.layers = check_plan(located.path, recipe.student.layers, recipe.student.embedding_size)
+        self.baselines = {name: self._locate(name) for name in recipe.evaluation.baselines}
+        dtype = self._choose_dtype("teacher", recipe.teacher.dtype)
+        self.teacher = CachedTeacher(located, dtype, cache_dir / "embeddings")
+
+    def _locate(self, name: str, revision: str | None = None) -> LocatedModel:
+        return locate(name, revision, models_dir=self.cache_dir / "models")
+
+    def _choose_dtype(self, role: str, wanted: Dtype) -> torch.dtype:
+        name = self.stages.choose(f"{role}_dtype", lambda: str(choose_dtype(wanted)).removeprefix("torch."))
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     @cached_property
-    def teacher(self) -> LocatedModel:
-        section = self.recipe.teacher
-        return locate(section.model, section.revision, models_dir=self.cache_dir / "models")
+    def task_names(self) -> list[str]:
+        """The named tasks whose data could be had when the run was first made."""
+        names: list[str] = self.stages.choose("tasks", lambda: [task.name for task in self._find_tasks()])
+        return names
 
     @cached_property
     def tasks(self) -> list[Task]:
+        return [load_task(name, self.data) for name in self.task_names]
+
+    def _find_tasks(self) -> list[Task]:
         section = self.recipe.evaluation
         names = [name for name in section.tasks if name not in {AGREEMENT, KNOWN_ITEM}]
-        return load_tasks(names, Path(section.data) if section.data else None, skip_missing=section.missing == "skip")
+        return load_tasks(names, self.data, skip_missing=section.missing == "skip")
 
     @cached_property
     def corpus(self) -> dict[Split, list[Record]]:
@@ -127,27 +140,6 @@ class _Line:
     @cached_property
     def training_texts(self) -> list[str]:
         return list(dict.fromkeys(text for record in self.corpus["train"] for text in record.texts))
-
-    @cached_property
-    def teacher_dtype(self) -> torch.dtype:
-        return self._dtype("teacher_dtype", self.recipe.teacher.dtype)
-
-    @cached_property
-    def teacher_model(self) -> SentenceTransformer:
-        return load(self.teacher, self.teacher_dtype)
-
-    @cached_property
-    def cache(self) -> EmbeddingCache:
-        encoding = describe_encoding(self.teacher, self.teacher_model, self.teacher_dtype)
-        return EmbeddingCache(self.cache_dir / "embeddings", encoding)
-
-    def _dtype(self, name: str, wanted: Any) -> torch.dtype:
-        chosen: torch.dtype = getattr(torch, self.stages.choose(name, lambda: str(choose_dtype(wanted))[6:]))
-        return chosen
-
-    def teacher_vectors(self, texts: Sequence[str]) -> Embeddings:
-        encode_to_cache(lambda: self.teacher_model, texts, self.cache)
-        return self.cache.lookup(texts)
 
     def read(self) -> dict[str, Any]:
         section = self.recipe.corpus
@@ -165,19 +157,18 @@ class _Line:
         return {"funnel": asdict(funnel)}
 
     def encode(self) -> dict[str, Any]:
-        texts = self.training_texts
-        student = _MODEL_COPIES * folder_bytes(self.teacher.path) * len(self.layers) // 12
-        check_space(self.folder, student)
-        check_space(self.cache_dir, 2 * self.cache.dim * len(texts))
-        encoded = encode_to_cache(lambda: self.teacher_model, texts, self.cache)
-        return {"cache_key": self.cache.key, "texts": len(texts), "encoded": encoded, "dtype": str(self.teacher_dtype)[6:]}
+        texts, cache = self.training_texts, self.teacher.cache
+        check_space(self.folder, _MODEL_COPIES * folder_bytes(self.teacher.located.path))
+        check_space(self.cache_dir, 2 * cache.dim * len(texts))
+        encoded = self.teacher.encode_missing(texts)
+        return {"cache_key": cache.key, "texts": len(texts), "encoded": encoded}
 
     def build(self) -> dict[str, Any]:
         texts, size = self.training_texts, self.recipe.student.embedding_size
-        vectors = self.teacher_vectors(texts[:_PCA_TEXTS])
-        projection = fit_pca(vectors, size) if size and size < self.cache.dim else None
+        vectors = self.teacher.vectors(texts[:_PCA_TEXTS])
+        projection = fit_pca(vectors, size) if size and size < self.teacher.cache.dim else None
         targets = project(vectors[:_HEAD_TEXTS], projection)
-        student = build_student(load(self.teacher), self.layers, texts[:_HEAD_TEXTS], targets)
+        student = build_student(load(self.teacher.located), self.layers, texts[:_HEAD_TEXTS], targets)
         self._save(student, self.folder / "untrained", projection)
         return {"layers": self.layers}
 
@@ -185,17 +176,17 @@ class _Line:
         section = self.recipe.training
         student = self._load("untrained")
         projection = load_projection(self.folder / "untrained")
-        rows = self.cache.locate(self.training_texts)
+        rows = self.teacher.cache.locate(self.training_texts)
         schedule = Schedule(
             **section.model_dump(exclude={"objectives", "temperature", "dtype"}),
             seed=self.recipe.seed,
-            dtype=self._dtype("student_dtype", section.dtype),
+            dtype=self._choose_dtype("student", section.dtype),
         )
         train(
             student,
             self.training_texts,
-            lambda batch: project(self.cache.read(rows[batch]), projection),
-            weights=section.objectives.model_dump(),
+            lambda batch: project(self.teacher.cache.read(rows[batch]), projection),
+            weights={"embedding": section.objectives.embedding, "similarity": section.objectives.similarity},
             temperature=section.temperature,
             schedule=schedule,
             work_dir=self.folder / "checkpoints",
@@ -207,23 +198,34 @@ class _Line:
     def evaluate(self) -> dict[str, Any]:
         tasks = self._all_tasks()
         projection = load_projection(self.folder / "model")
-        score = partial(score_model, tasks, teacher=self.teacher_vectors, versions=list_versions())
+        score = partial(score_model, tasks, teacher=self.teacher.vectors, versions=list_versions())
         same, mapped = (lambda vectors: vectors), partial(project, projection=projection)
-        results = score(self.teacher_vectors, role="teacher", model=self.teacher.name, teacher_space=same)
-        models = {"teacher": load(self.teacher), "student": self._load("model"), "untrained": self._load("untrained")}
+        results = score(self.teacher.vectors, role="teacher", model=self.teacher.located.name, teacher_space=same)
+        models = {
+            "teacher": load(self.teacher.located),
+            "student": self._load("model"),
+            "untrained": self._load("untrained"),
+        }
         models |= {name: load(found) for name, found in self.baselines.items()}
         for role, model in list(models.items())[1:]:
-            place = str(self.folder / "model") if role == "student" else role
             space = mapped if role in {"student", "untrained"} else None
-            results += score(_with_progress(model, role), role=role, model=place, teacher_space=space)
+            results += score(partial(encode_with_progress, model, role), role=role, model=role, teacher_space=space)
         with written_aside(self.folder / "results") as part:
             for result in results:
                 save_result(result, part)
         texts = [record.document for record in self.corpus["holdout"][:_SPEED_TEXTS]]
         speeds = measure_speed({role: partial(encode, model) for role, model in models.items()}, texts)
-        folders = {"teacher": self.teacher.path, "student": self.folder / "model", "untrained": self.folder / "untrained"}
+        folders = {
+            "teacher": self.teacher.located.path,
+            "student": self.folder / "model",
+            "untrained": self.folder / "untrained",
+        }
         folders |= {name: found.path for name, found in self.baselines.items()}
-        facts = [asdict(describe_model(role, model, folders[role], speeds[role])) for role, model in models.items()]
+        names = {"teacher": self.teacher.located.name, "student": str(self.folder / "model")}
+        facts = [
+            asdict(describe_model(role, names.get(role, role), model, folders[role], speeds[role]))
+            for role, model in models.items()
+        ]
         wanted = set(self.recipe.evaluation.tasks)
         return {"models": facts, "skipped": sorted(wanted - {task.name for task in tasks})}
 
@@ -266,34 +268,11 @@ class _Line:
         return SentenceTransformer(str(self.folder / name), local_files_only=True)
 
     def _save(self, student: SentenceTransformer, folder: Path, projection: Embeddings | None) -> None:
-        space = {"teacher": self.teacher.name, "weights_sha256": self.teacher.weights_sha256, "layers": self.layers}
+        space = {
+            "teacher": self.teacher.located.name,
+            "weights_sha256": self.teacher.located.weights_sha256,
+            "layers": self.layers,
+        }
         with written_aside(folder) as part:
             part.mkdir()
             save_student(student, part, projection, space)
-
-
-def describe_model(role: str, model: SentenceTransformer, folder: Path, texts_per_second: float | None) -> ModelFacts:
-    """Return what a loaded model costs."""
-    transformer: Any = model[0]
-    config = getattr(getattr(transformer, "model", None), "config", None)
-    return ModelFacts(
-        role=role,
-        name=str(folder) if role != "teacher" else model.model_card_data.base_model or str(folder),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=getattr(config, "num_hidden_layers", None),
-        embedding_size=model.get_embedding_dimension() or 0,
-        megabytes=round(folder_bytes(folder) / 1e6, 1),
-        texts_per_second=texts_per_second,
-    )
-
-
-def _with_progress(model: SentenceTransformer, role: str, chunk: int = 256) -> Encoder:
-    def encode_all(texts: Sequence[str]) -> Embeddings:
-        vectors: list[Embeddings] = []
-        with progress_bar(f"{role} encodes", len(texts), "texts") as advance:
-            for start in range(0, len(texts), chunk):
-                vectors.append(encode(model, texts[start : start + chunk]))
-                advance(len(vectors[-1]))
-        return np.concatenate(vectors)
-
-    return encode_all

@@ -23,7 +23,11 @@ def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], 
 
     Where stderr is no terminal, one line is said at the end instead.
     """
-    columns = [TextColumn("{task.description:<22}"), BarColumn(24), TextColumn("{task.completed:,.0f}/{task.total:,.0f}")]
+    columns = [
+        TextColumn("{task.description:<22}"),
+        BarColumn(24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+    ]
     with Progress(*columns, _Rate(unit), TimeElapsedColumn(), TimeRemainingColumn(), console=_console) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.advance(task, done)

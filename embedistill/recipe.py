@@ -58,8 +58,8 @@ class CorpusSection(_Section):
     """The texts to distil on."""
 
     source: str = Field(
-        description="A .txt, .csv, .jsonl or .parquet file (.gz too) or a folder of them, hf:org/dataset[:config][:split], "
-        "or docstrings:[package,package]."
+        description="A .txt, .csv, .jsonl or .parquet file (.gz too) or a folder of them, "
+        "hf:org/dataset[:config][:split], or docstrings:[package,package]."
     )
     text_column: str = Field("text", description="Column with the text.")
     query_column: str | None = Field(
@@ -78,7 +78,7 @@ class StudentSection(_Section):
     """What the teacher is distilled into."""
 
     layers: Count | list[int] = Field(
-        description="How many of the teacher's layers to keep (the lower ones and the last), or which, counted from 0."
+        description="How many of the teacher's layers to keep: the lower ones and the last; or which, from 0."
     )
     embedding_size: Count | None = Field(
         None, description="Dimension of the student's embeddings: PCA of the teacher's; default: the teacher's own."
@@ -90,7 +90,8 @@ class ObjectivesSection(_Section):
 
     embedding: Annotated[float, Field(ge=0)] = Field(1.0, description="1 - cosine to the teacher's embedding.")
     similarity: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="KL divergence between teacher's and student's in-batch similarities, softened by the temperature."
+        0.0,
+        description="KL divergence of the student's in-batch similarities from the teacher's.",
     )
 
 
@@ -115,11 +116,13 @@ class EvaluationSection(_Section):
     tasks: list[str] = Field(
         [AGREEMENT, KNOWN_ITEM],
         min_length=1,
-        description=f"{AGREEMENT} (with the teacher, on held-out texts), {KNOWN_ITEM} (FAISS retrieval of held-out records "
-        "by their query), or names of STS and retrieval sets: STSBenchmark, STS12, SICK-R, SciFact, ...",
+        description=f"{AGREEMENT} (with the teacher, on held-out texts), {KNOWN_ITEM} (FAISS retrieval of held-out "
+        "records by their query), or names of STS and retrieval sets: STSBenchmark, STS12, SICK-R, SciFact, ...",
     )
     data: str | None = Field(None, description="Folder with sts/NAME.jsonl and retrieval/NAME/; default: the Hub.")
-    missing: Literal["error", "skip"] = Field("error", description="A task whose data cannot be had: error, or skip and say so.")
+    missing: Literal["error", "skip"] = Field(
+        "error", description="A task whose data cannot be had: error, or skip and say so."
+    )
     baselines: list[str] = Field([], description="Models to measure beside teacher and student.")
     margin: Share | None = Field(
         None, description="PASS when retention is surely above 1 - margin, FAIL when surely below; default: no verdict."
@@ -200,7 +203,10 @@ def find_recipe(recipe: str | Path) -> Path:
     if not shipped.is_file():
         names = [found.stem for found in list_recipes()]
         raise UsageError(
-            f"recipe {str(recipe)!r}", "no such recipe", f"a .yaml file or one of: {', '.join(names)}", _suggest(str(recipe), names)
+            f"recipe {str(recipe)!r}",
+            "no such recipe",
+            f"a .yaml file or one of: {', '.join(names)}",
+            _suggest(str(recipe), names),
         )
     return shipped
 
@@ -284,22 +290,20 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Location, str], list[U
 def _locate(
     node: yaml.Node, place: _Location, path: Path, lines: dict[_Location, str], problems: list[UsageError]
 ) -> None:
+    children: list[tuple[str | int, int, yaml.Node]] = []
     match node:
         case yaml.MappingNode():
-            seen: dict[str, int] = {}
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                where = f"{path}:{line}"
-                if key.value in seen:
-                    found = f"{key.value}: a second time (first in line {seen[key.value]})"
-                    problems.append(UsageError(where, found, do="keep one of them"))
-                seen[key.value] = line
-                lines[(*place, key.value)] = where
-                _locate(value, (*place, key.value), path, lines, problems)
+            children = [(key.value, key.start_mark.line + 1, value) for key, value in node.value]
         case yaml.SequenceNode():
-            for index, item in enumerate(node.value):
-                lines[(*place, index)] = f"{path}:{item.start_mark.line + 1}"
-                _locate(item, (*place, index), path, lines, problems)
+            children = [(index, item.start_mark.line + 1, item) for index, item in enumerate(node.value)]
+    first: dict[str | int, int] = {}
+    for name, line, child in children:
+        inner, where = (*place, name), f"{path}:{line}"
+        if name in first:
+            problems.append(UsageError(where, f"{name}: a second time (first in line {first[name]})", do="keep one"))
+        first.setdefault(name, line)
+        lines[inner] = where
+        _locate(child, inner, path, lines, problems)
 
 
 def _apply(override: str, tree: dict[str, Any], lines: dict[_Location, str]) -> list[UsageError]:
@@ -330,7 +334,9 @@ def _explain(detail: ErrorDetails, lines: dict[_Location, str], path: Path) -> U
     match detail["type"]:
         case "extra_forbidden":
             names = list(_fields_at(place[:-1]))
-            return UsageError(where, f"{key}: unknown key", f"one of: {', '.join(names)}", _suggest(str(place[-1]), names))
+            return UsageError(
+                where, f"{key}: unknown key", f"one of: {', '.join(names)}", _suggest(str(place[-1]), names)
+            )
         case "missing":
             key = ".".join(str(part) for part in place)
             return UsageError(where, f"{key}: missing", do="set it; what it means: embedistill recipes settings")

@@ -31,7 +31,9 @@ class Hit:
     score: float
 
 
-def build_index(model: SentenceTransformer, model_dir: Path, texts: Sequence[str], sources: Sequence[str], folder: Path) -> None:
+def build_index(
+    model: SentenceTransformer, model_dir: Path, texts: Sequence[str], sources: Sequence[str], folder: Path
+) -> None:
     """Embed texts and write an exact inner-product index of them to a folder, whole or not at all.
 
     Args:

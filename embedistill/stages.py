@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 
 from embedistill.errors import UsageError
 from embedistill.files import PART, fingerprint, read_json, remove, write_json, write_text
 from embedistill.progress import note
-from embedistill.recipe import Recipe, dump_recipe, load_recipe
 
 SCHEMA_VERSION = 1
 RECIPE = "recipe.yaml"
@@ -73,12 +73,12 @@ class Stages:
         write_json(self._path, self.record)
         return key
 
-    def choose(self, name: str, decide: Callable[[], str]) -> str:
-        """Return what was decided when the run was first made, so that it goes on as it began."""
+    def choose(self, name: str, decide: Callable[[], Any]) -> Any:
+        """Return what was decided when the run was first made, so that it goes on as it began; a JSON value."""
         if name not in self.record["chosen"]:
             self.record["chosen"][name] = decide()
             write_json(self._path, self.record)
-        return str(self.record["chosen"][name])
+        return self.record["chosen"][name]
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return what is recorded of a stage."""
@@ -91,8 +91,12 @@ class Stages:
 
 
 @contextmanager
-def hold_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
+def hold_folder(folder: Path, recipe: str) -> Iterator[None]:
     """Make a run's folder, or take up the one that this recipe began, and keep other processes out of it.
+
+    Args:
+        folder: The run's folder.
+        recipe: The resolved recipe as YAML.
 
     Raises:
         UsageError: It holds another recipe's run, or other files, or another process is at work in it.
@@ -102,7 +106,9 @@ def hold_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise UsageError(str(folder), "another process is at work in it", do="wait, or choose another --run-dir") from None
+        raise UsageError(
+            str(folder), "another process is at work in it", do="wait, or choose another --run-dir"
+        ) from None
     with lock:
         for part in folder.glob(f".*{PART}"):
             remove(part)
@@ -132,17 +138,16 @@ def describe_hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def _claim(folder: Path, recipe: Recipe) -> None:
+def _claim(folder: Path, recipe: str) -> None:
     path = folder / RECIPE
     if not path.is_file():
         others = sorted(file.name for file in folder.iterdir() if file.name != _LOCK)
         if others:
             do = "choose an empty or new folder with --run-dir"
             raise UsageError(str(folder), f"no run of ours, but {', '.join(others[:3])}", "a new folder or a run's", do)
-        write_text(path, dump_recipe(recipe))
+        write_text(path, recipe)
         return
-    there = _flatten(load_recipe(path).model_dump())
-    wanted = _flatten(recipe.model_dump())
+    there, wanted = (_flatten(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), recipe))
     changed = [key for key in sorted(there | wanted) if there.get(key) != wanted.get(key)]
     if changed:
         found = "; ".join(f"{key} {there.get(key)!r}, now {wanted.get(key)!r}" for key in changed[:5])

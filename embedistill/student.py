@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from torch import nn
 
 from embedistill.errors import UsageError
@@ -26,18 +26,19 @@ Matrix = npt.NDArray[np.float32]
 
 
 def check_plan(teacher_folder: Path, layers: int | list[int], embedding_size: int | None) -> list[int]:
-    """Check what a student shall keep against its teacher's configuration, and return the layers, counted from 0.
+    """Check what a student shall keep against its teacher, and return the layers, counted from 0.
 
-    `layers` as a number keeps the lower ones and the last: of the starts that were measured, the best at 3, 4 and 6 of 12.
+    `layers` as a number keeps the lower ones and the last.
 
     Raises:
         UsageError: The architecture is not supported, or has no such layers, or no such dimension.
     """
     config = read_json(teacher_folder / "config.json") if (teacher_folder / "config.json").is_file() else {}
-    architecture, depth, width = config.get("model_type"), config.get("num_hidden_layers"), config.get("hidden_size")
+    architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
         do = "choose a teacher of one of these"
         raise UsageError(f"teacher {teacher_folder}", f"architecture {architecture!r}", ", ".join(ARCHITECTURES), do)
+    depth, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
     if embedding_size and embedding_size > width:
         raise UsageError("student.embedding_size", str(embedding_size), f"at most the teacher's {width}")
     if isinstance(layers, int):
@@ -52,13 +53,14 @@ def check_plan(teacher_folder: Path, layers: int | list[int], embedding_size: in
 def fit_pca(vectors: Matrix, size: int) -> Matrix:
     """Return the uncentred PCA of vectors (n_texts, dim) as a matrix (dim, size), its columns orthonormal.
 
-    Uncentred, it keeps inner products as well as `size` dimensions can, and needs no bias. The sign of a column is the one
-    that makes its largest entry positive, so that the same vectors give the same matrix.
+    Uncentred, it keeps inner products as well as `size` dimensions can, and needs no bias. The sign of a column is the
+    one that makes its largest entry positive, so that the same vectors give the same matrix.
     """
     _, eigenvectors = np.linalg.eigh(vectors.T.astype(np.float64) @ vectors)
     columns = eigenvectors[:, ::-1][:, :size]
     largest = columns[np.abs(columns).argmax(axis=0), np.arange(columns.shape[1])]
-    return (columns * np.sign(largest)).astype(np.float32)
+    signed: Matrix = (columns * np.sign(largest)).astype(np.float32)
+    return signed
 
 
 def project(vectors: Matrix, projection: Matrix | None) -> Matrix:
@@ -66,7 +68,8 @@ def project(vectors: Matrix, projection: Matrix | None) -> Matrix:
     if projection is None:
         return vectors
     mapped = vectors @ projection
-    return mapped / np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    unit: Matrix = mapped / np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return unit
 
 
 def build_student(
@@ -90,9 +93,7 @@ def build_student(
     body = SentenceTransformer(modules=modules, device=str(teacher.device), **prompts)
     pooled = np.asarray(body.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
     weight = torch.from_numpy(solve_ridge(pooled, targets).T.copy())
-    head = Dense(
-        pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight
-    )
+    head = Dense(pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight)
     student = SentenceTransformer(modules=[*modules, head, Normalize()], device=str(teacher.device), **prompts)
     student.max_seq_length = teacher.max_seq_length
     return student

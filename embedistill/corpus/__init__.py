@@ -1,0 +1,1 @@
+"""Read texts, prepare them, split them."""

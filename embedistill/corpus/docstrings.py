@@ -51,11 +51,12 @@ def find_packages(names: list[str]) -> list[Distribution]:
 
 def read_docstrings(package: Distribution) -> Iterator[Record]:
     """Yield a record for every public class, function and method of a package that has a docstring in prose."""
+    source = package.name  # parsed from the metadata at every access
     for file in package.files or []:
         if file.suffix == ".py" and not any(_is_skipped(folder) for folder in file.parts[:-1]):
             module = ".".join(part for part in file.with_suffix("").parts if part != "__init__")
             for name, docstring in _documented(Path(str(file.locate())), module):
-                record = _to_record(name, docstring, package.name)
+                record = _to_record(name, docstring, source)
                 if record:
                     yield record
 
@@ -86,7 +87,7 @@ def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _added_docstring(call: ast.Call) -> Iterator[tuple[str, str]]:
-    """Find the docstrings that torch gives its compiled functions: add_docstr(torch.sum, "..." or "...".format(...))."""
+    """Find what torch gives its compiled functions: add_docstr(torch.sum, "..." or "...".format(...))."""
     match call:
         case ast.Call(func=ast.Name(id="add_docstr"), args=[ast.Attribute() as target, documentation, *_]):
             if isinstance(documentation, ast.Call) and isinstance(documentation.func, ast.Attribute):

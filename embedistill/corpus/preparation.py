@@ -69,10 +69,12 @@ def prepare(
     selected = order[:size]
     funnel.not_selected = len(order) - len(selected)
     cut = max(2, round(holdout * len(selected)))
-    held_out = selected[:cut]
-    seen = {_normal(text) for text in evaluation_texts} | {_normal(text) for record in held_out for text in record.texts}
-    train = [record for record in selected[cut:] if not any(_normal(text) in seen for text in record.texts)]
-    funnel.in_evaluation = len(selected) - cut - len(train)
+    held_out, rest = selected[:cut], selected[cut:]
+    seen = {_normal(text) for text in evaluation_texts} | {
+        _normal(text) for record in held_out for text in record.texts
+    }
+    train = [record for record in rest if not any(_normal(text) in seen for text in record.texts)]
+    funnel.in_evaluation = len(rest) - len(train)
     funnel.train, funnel.holdout = len(train), len(held_out)
     if len(train) < 2 or len(held_out) < 2:
         found = f"{len(train)} records to train on and {len(held_out)} to hold out ({funnel})"

@@ -102,7 +102,9 @@ def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: in
     """Say what is wrong with a cell, if anything; a missing column is always an error."""
     if column not in row:
         names = ", ".join(str(name) for name in row)
-        raise UsageError(where, f"no column {column!r}", f"one of: {names}", "set corpus.text_column or corpus.query_column")
+        raise UsageError(
+            where, f"no column {column!r}", f"one of: {names}", "set corpus.text_column or corpus.query_column"
+        )
     mend = "mend the row, or set corpus.bad_rows=skip to leave such rows out"
     value = row[column]
     if not isinstance(value, str):
@@ -118,7 +120,9 @@ def _list_files(path: Path) -> list[Path]:
         raise UsageError(f"corpus.source: {path}", "no such file or folder", do="check the path")
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
-            raise UsageError(str(path), f"a {path.suffix or 'nameless'} file", f"{', '.join(SUFFIXES)} (.gz too)", "convert it")
+            raise UsageError(
+                str(path), f"a {path.suffix or 'nameless'} file", f"{', '.join(SUFFIXES)} (.gz too)", "convert it"
+            )
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
     if not files:

@@ -43,10 +43,10 @@ class Comparison:
 def compare_results(
     results: Sequence[Result], *, resamples: int, seed: int, margin: float | None = None
 ) -> list[Comparison]:
-    """Compare every role's results with the teacher's, task by task and metric by metric, in the order of the results.
+    """Compare every role's results with the teacher's, task by task and metric by metric.
 
-    Retention has a percentile interval from a paired bootstrap: the same resamples of items for both models. With two STS
-    sets or more, a last row has the mean of their values; its interval resamples the items of every set.
+    Retention has a percentile interval from a paired bootstrap: the same resamples of items for both models. With two
+    STS sets or more, a last row has the mean of their values; its interval resamples the items of every set.
 
     Args:
         results: Results on the same items; where none has the role "teacher", there is no retention.
@@ -88,10 +88,9 @@ def _retentions(values: dict[str, float], draws: dict[str, Values], margin: floa
     if not values.get("teacher"):
         return {}  # a teacher at zero has nothing to keep
     retentions = {}
-    for role in values:
+    reference = np.where(draws["teacher"] == 0, np.nan, draws["teacher"])
+    for role, value in values.items():
         if role != "teacher":
-            safe = np.where(draws["teacher"] == 0, np.nan, draws["teacher"])
-            low, high = (float(bound) for bound in np.nanpercentile(draws[role] / safe, [2.5, 97.5]))
-            value = values[role] / values["teacher"]
-            retentions[role] = Retention(value, low, high, decide(low, high, margin))
+            low, high = (float(bound) for bound in np.nanpercentile(draws[role] / reference, [2.5, 97.5]))
+            retentions[role] = Retention(value / values["teacher"], low, high, decide(low, high, margin))
     return retentions

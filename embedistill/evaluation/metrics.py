@@ -33,7 +33,8 @@ def metric_values(items: Mapping[str, Sequence[float]], metric: str, weights: Va
     """
     if metric == SPEARMAN:
         return spearman(np.asarray(items["cosine"]), np.asarray(items["score"]), weights)
-    return (weights @ np.asarray(items[metric])) / weights.sum(axis=1)
+    means: Values = (weights @ np.asarray(items[metric], np.float64)) / weights.sum(axis=1)
+    return means
 
 
 def metric_value(items: Mapping[str, Sequence[float]], metric: str) -> float:
@@ -70,7 +71,8 @@ def spearman(first: Values, second: Values, weights: Values) -> Values:
     y -= (weights * y).sum(axis=1, keepdims=True) / total
     covariance = (weights * x * y).sum(axis=1)
     spread = np.sqrt((weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1))
-    return np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0)
+    correlation: Values = np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0)
+    return correlation
 
 
 def _mean_ranks(values: Values, weights: Values) -> Values:

@@ -75,7 +75,10 @@ def score_model(
     for task in tasks:
         match task:
             case StsTask():
-                items = {"cosine": cosines(lookup(task.sentences1), lookup(task.sentences2)), "score": list(task.scores)}
+                items = {
+                    "cosine": cosines(lookup(task.sentences1), lookup(task.sentences2)),
+                    "score": list(task.scores),
+                }
             case RetrievalTask():
                 ranking = search_exactly(lookup(task.documents), lookup(task.queries), NEIGHBOURS)
                 items = score_rankings(ranking, task.relevance, NEIGHBOURS)

@@ -86,8 +86,21 @@ def load_task(name: str, folder: Path | None) -> Task:
         return _load_sts(name, folder / "sts" / f"{name}.jsonl")
     if (folder / "retrieval" / name).is_dir():
         return _load_retrieval(name, folder / "retrieval" / name)
-    found = sorted(path.stem for path in folder.glob("sts/*.jsonl")) + sorted(path.name for path in folder.glob("retrieval/*"))
+    found = sorted(path.stem for path in folder.glob("sts/*.jsonl")) + sorted(
+        path.name for path in folder.glob("retrieval/*")
+    )
     raise UsageError(f"evaluation.tasks: {name}", f"not in {folder}", f"one of: {', '.join(found) or 'none there'}")
+
+
+def describe_tasks(names: Iterable[str], folder: Path | None) -> list[Any]:
+    """Return what changes when the data of tasks does: their names, and their files with size and time."""
+    description: list[Any] = []
+    for name in names:
+        files = (
+            sorted(folder.glob(f"sts/{name}.jsonl")) + sorted(folder.glob(f"retrieval/{name}/**/*")) if folder else []
+        )
+        description.append([name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)])
+    return description
 
 
 def load_tasks(names: Iterable[str], folder: Path | None, *, skip_missing: bool) -> list[Task]:

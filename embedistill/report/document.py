@@ -9,33 +9,11 @@ from typing import Any
 
 from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import Comparison, Retention, Verdict
+from embedistill.evaluation.costs import ModelFacts
 from embedistill.files import read_json, write_json
 
 SCHEMA_VERSION = 1
 REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a model costs.
-
-    Attributes:
-        role: teacher, student, untrained, or a baseline's name.
-        name: Its id or path.
-        parameters: How many.
-        layers: Transformer layers, where it has any.
-        embedding_size: Dimension of its embeddings.
-        megabytes: On disk.
-        texts_per_second: Measured beside the others in one run.
-    """
-
-    role: str
-    name: str
-    parameters: int
-    layers: int | None
-    embedding_size: int
-    megabytes: float
-    texts_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +71,9 @@ def load_report(folder: Path) -> Report:
     """
     path = folder / REPORT
     if not path.is_file():
-        raise UsageError(str(folder), f"no {REPORT}", "the folder of a finished run", "embedistill run RECIPE makes one")
+        raise UsageError(
+            str(folder), f"no {REPORT}", "the folder of a finished run", "embedistill run RECIPE makes one"
+        )
     content: dict[str, Any] = read_json(path)
     if content.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(str(path), f"schema_version {content.get('schema_version')}", str(SCHEMA_VERSION))

@@ -11,8 +11,9 @@ import jinja2
 from rich.table import Table
 
 from embedistill.evaluation.comparison import Comparison, Retention
+from embedistill.evaluation.costs import ModelFacts
 from embedistill.files import read_json, write_text
-from embedistill.report.document import ModelFacts, Report
+from embedistill.report.document import Report
 
 
 def to_table(report: Report) -> Table:

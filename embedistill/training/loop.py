@@ -18,6 +18,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from embedistill.errors import EmbedistillError
@@ -35,7 +36,7 @@ _CALIBRATION_SECONDS = 6.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, how fast and in what steps a student is trained. The recipe's `training` section says what each means."""
+    """How long, how fast and in what steps a student is trained; the recipe's `training` section says more."""
 
     epochs: float
     minutes: float | None
@@ -80,7 +81,6 @@ def train(
     dataset = Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))})
     collator = TargetCollator(preprocess_fn=student.preprocess, targets=targets)
     loss = DistillationLoss(student, weights, temperature)
-    student.model_card_data.generate_widget_examples = False
 
     def start(steps: int, folder: Path, callbacks: list[TrainerCallback]) -> SentenceTransformerTrainer:
         trainer = SentenceTransformerTrainer(
@@ -91,14 +91,15 @@ def train(
             data_collator=collator,
             callbacks=callbacks,
         )
-        trainer.remove_callback(PrinterCallback)
+        for chatty in (PrinterCallback, SentenceTransformerModelCardCallback):
+            trainer.remove_callback(chatty)
         return trainer
 
     plan = work_dir / "plan.json"
     if not plan.is_file():
-        steps = _plan_steps(schedule, len(texts), student, start, work_dir / "calibration")
-        write_json(plan, {"steps": steps})
-    steps = read_json(plan)["steps"]
+        planned = _plan_steps(schedule, len(texts), student, start, work_dir / "calibration")
+        write_json(plan, {"steps": planned})
+    steps: int = read_json(plan)["steps"]
     checkpoint = _last_whole_checkpoint(work_dir)
     with ExitStack() as stack:
         advance = stack.enter_context(progress_bar("Training", steps, "steps"))
@@ -126,7 +127,7 @@ class TargetCollator(SentenceTransformerDataCollator):
 class LengthGroupedSampler(DefaultBatchSampler):
     """Random batches of texts of like length: less padding, at the same randomness between batches.
 
-    Every epoch is a new permutation; runs of it of 32 batches are sorted by length, cut into batches, and those shuffled.
+    Every epoch is a new permutation; runs of it of 32 batches are sorted by length, cut, and the batches shuffled.
     """
 
     def __init__(self, dataset: Dataset, **settings: Any) -> None:
@@ -146,10 +147,11 @@ class LengthGroupedSampler(DefaultBatchSampler):
 
     def __len__(self) -> int:
         """Return the batches of an epoch."""
-        return math.ceil(len(self.lengths) / self.batch_size)
+        batches: int = math.ceil(len(self.lengths) / self.batch_size)
+        return batches
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Progress, the log on disk, whole checkpoints, and a stop where the loss is lost."""
 
     def __init__(self, advance: Callable[[int], None], log_path: Path) -> None:
@@ -160,9 +162,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.advance(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(1)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -177,15 +177,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         write_text(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
 
 
-class _Stopwatch(TrainerCallback):  # type: ignore[misc]
+class _Stopwatch(TrainerCallback):
     """Times steps after the first two, and stops when it has seen enough."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.times.append(time.perf_counter())
         if len(self.times) > 3 and self.times[-1] - self.times[1] > _CALIBRATION_SECONDS:
             control.should_training_stop = True

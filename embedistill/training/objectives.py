@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.losses import EmbedDistillLoss
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,7 +40,8 @@ class DistillationLoss(nn.Module):
     def _term(self, term: Term, student: Tensor, teacher: Tensor) -> Tensor:
         match term:
             case "embedding":
-                return self.embedding.compute_loss_from_embeddings([student], [teacher])
+                distance: Tensor = self.embedding.compute_loss_from_embeddings([student], [teacher])
+                return distance
             case "similarity":
                 return similarity_divergence(student, teacher, self.temperature)
 
@@ -48,8 +49,8 @@ class DistillationLoss(nn.Module):
 def similarity_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return how far the student's similarities within a batch are from the teacher's.
 
-    The mean over i of KL(p_i || q_i), with p_i the softmax over j != i of <t_i, t_j> / T, and q_i the same of the student:
-    the soft targets of Hinton et al. (2015), over in-batch similarities as in CompRess (Koohpayegani et al., 2020).
+    The mean over i of KL(p_i || q_i), with p_i the softmax over j != i of <t_i, t_j> / T, q_i the same of the student:
+    the soft targets of Hinton et al. (2015), over similarities as in CompRess (Koohpayegani et al., 2020).
 
     Args:
         student: Unit vectors, shape (batch, dim).

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# On Linux, pip's torch is the CUDA build. For the small CPU build give the address of PyTorch's CPU wheels: TORCH_INDEX=...
+ifdef TORCH_INDEX
+PIP += --extra-index-url $(TORCH_INDEX)
+endif
+
+.PHONY: help quickstart test lint format clean
+
+help:            ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+quickstart: $(VENV)/installed   ## environment, install, distil, report, search
+	$(BIN)/embedistill run quickstart
+
+test: lint       ## everything that must hold
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev     ## style, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev   ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	@touch $(VENV)/installed $@

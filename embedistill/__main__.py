@@ -1,0 +1,5 @@
+"""`python -m embedistill`."""
+
+from embedistill.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""The command line: parse, call, print. Results on stdout; progress and errors on stderr.
+
+Exit codes: 0 done, 1 failed or below the margin, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from embedistill.errors import EmbedistillError, UsageError, explain_os_error
+from embedistill.recipe import Recipe, find_recipe, list_recipes, list_settings, load_recipe
+
+if TYPE_CHECKING:
+    from embedistill.report.document import Report
+    from embedistill.search import Hit
+
+app = typer.Typer(
+    help="Distil a large sentence-embedding model into a small fast one, and say how much was kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change, as key=value: training.minutes=30", show_default=False)
+]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with sts/NAME.jsonl and retrieval/NAME/.")]
+CacheOption = Annotated[Path | None, typer.Option(help="Folder for models and teacher embeddings, shared by runs.")]
+MarginOption = Annotated[float | None, typer.Option(help="Share that may be lost, such as 0.03: adds verdicts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+
+
+def main() -> None:
+    """Run the command line, and turn what goes wrong into one message and an exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except Exception as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        sys.exit(_report_failure(error))
+
+
+def _report_failure(error: Exception) -> int:
+    match error:
+        case EmbedistillError():
+            known = error
+        case OSError():
+            known = explain_os_error(error)
+        case _:
+            do = "run it again with --debug, and report what it says; what is finished on disk is kept"
+            known = EmbedistillError(type(error).__name__, str(error) or "no message", do=do)
+    Console(stderr=True, highlight=False).print(f"Error: {known}", markup=False, soft_wrap=True)
+    return known.exit_code
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(version("embedistill"))
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
+    cache_dir: CacheOption = None,
+    data: DataOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Distil a teacher as a recipe says, and report how much was kept. A run that was stopped goes on."""
+    loaded = load_recipe(recipe, *(overrides or []), *([f"evaluation.data={data}"] if data else []))
+    _hush()
+    from embedistill.pipeline import distill
+
+    finished = distill(loaded, run_dir, cache_dir)
+    _print_report(finished.report, as_json)
+    if not as_json:
+        _print_next_steps(loaded, finished.folder)
+    if finished.report.verdict == "FAIL":
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe, and say all that is wrong with it at once."""
+    loaded = load_recipe(recipe, *(overrides or []))
+    typer.echo(f"{find_recipe(recipe)}: valid; embedistill run makes runs/{loaded.name}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder or a model id.")],
+    task: Annotated[list[str], typer.Option(help="An STS or retrieval set; may be given again.")],
+    teacher: Annotated[str | None, typer.Option(help="A folder or a model id: adds how much of it is kept.")] = None,
+    data: DataOption = None,
+    margin: MarginOption = None,
+    cache_dir: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on tasks and, with --teacher, say how much of it the model keeps."""
+    _hush()
+    from embedistill import judgement
+
+    _finish(judgement.evaluate(model, task, teacher=teacher, data=data, margin=margin, cache_dir=cache_dir), as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    margin: MarginOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the students of runs on the tasks they share."""
+    _hush()
+    from embedistill import judgement
+
+    _finish(judgement.compare(*runs, margin=margin), as_json)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")], as_json: JsonOption = False
+) -> None:
+    """Print the report of a run, and write its page again."""
+    from embedistill.report.document import load_report
+    from embedistill.report.rendering import write_page
+
+    loaded = load_report(run_dir)
+    page = write_page(loaded, run_dir)
+    _print_report(loaded, as_json)
+    if not as_json:
+        typer.echo(f"Page: {page}")
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="An index, or the run that has one.")],
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    results: Annotated[int, typer.Option(min=1, help="How many results.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the texts of an index that are nearest to a question."""
+    _hush()
+    from embedistill.search import search_index
+
+    hits = search_index(index, [query], results)[0]
+    if as_json:
+        typer.echo(json.dumps([asdict(hit) for hit in hits], indent=2, ensure_ascii=False))
+    else:
+        _print_hits(query, hits)
+
+
+@recipes_app.command("list")
+def list_command(as_json: JsonOption = False) -> None:
+    """List the recipes."""
+    lines = {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in list_recipes()}
+    if as_json:
+        typer.echo(json.dumps(lines, indent=2, ensure_ascii=False))
+    else:
+        _print_table(["recipe", "what for"], [list(line) for line in lines.items()])
+
+
+@recipes_app.command("show")
+def show_command(recipe: RecipeArgument) -> None:
+    """Print a recipe."""
+    typer.echo(find_recipe(recipe).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_command(
+    recipe: RecipeArgument, target: Annotated[Path, typer.Argument(help="New file.")] = Path("recipe.yaml")
+) -> None:
+    """Copy a recipe to a file of your own."""
+    if target.exists():
+        raise UsageError(str(target), "exists already", do="choose another name")
+    shutil.copyfile(find_recipe(recipe), target)
+    typer.echo(f"{target}: now edit it, then: embedistill run {target}")
+
+
+@recipes_app.command("settings")
+def settings_command(as_json: JsonOption = False) -> None:
+    """List every setting of a recipe, with its default and what it means."""
+    settings = [asdict(setting) for setting in list_settings()]
+    if as_json:
+        typer.echo(json.dumps(settings, indent=2, ensure_ascii=False))
+    else:
+        _print_table(["setting", "default", "meaning"], [list(setting.values()) for setting in settings])
+
+
+def _hush() -> None:
+    """Keep the bars and chatter of the libraries below off the screen: we show our own."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _finish(report: Report, as_json: bool) -> None:
+    _print_report(report, as_json)
+    if report.verdict == "FAIL":
+        raise typer.Exit(1)
+
+
+def _print_report(report: Report, as_json: bool) -> None:
+    from embedistill.report.rendering import to_table
+
+    if as_json:
+        typer.echo(json.dumps(asdict(report), indent=2, ensure_ascii=False))
+    else:
+        _console().print(to_table(report))
+
+
+def _print_next_steps(recipe: Recipe, folder: Path) -> None:
+    page = (folder / "report.html").absolute().as_uri()
+    if recipe.search is None:
+        typer.echo(f"Model: {folder / 'model'}\nReport: {page}")
+        return
+    from embedistill.search import search_index
+
+    question = recipe.search.question
+    _print_hits(question, search_index(folder, [question], recipe.search.results)[0])
+    typer.echo(f'\nTry next:\n  embedistill search {folder} "your question"\n  python -m webbrowser {page}')
+
+
+def _print_hits(query: str, hits: list[Hit]) -> None:
+    console = _console()
+    console.print(f"\nQ: {query}", markup=False)
+    for hit in hits:
+        console.print(f"  {hit.score:.3f}  {hit.text[:200]}  [{hit.source}]", markup=False)
+
+
+def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Return a console that does not cut tables where there is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)

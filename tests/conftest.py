@@ -1,0 +1,155 @@
+"""Tiny models and corpora, made in the session: no test reads a network or a large file."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, PreTrainedTokenizerFast
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
+THEMES = {
+    "sea": ["ship", "harbour", "sailor", "wave", "tide", "anchor", "captain", "storm", "fish", "net"],
+    "farm": ["cow", "field", "tractor", "barn", "wheat", "farmer", "hen", "fence", "plough", "milk"],
+    "code": ["loop", "array", "string", "function", "compiler", "bug", "test", "merge", "branch", "stack"],
+    "food": ["bread", "cheese", "soup", "onion", "oven", "spoon", "recipe", "salt", "butter", "plate"],
+}
+GLUE = ["the", "a", "of", "in", "on", "with", "near", "under", "old", "new", "small", "big", ".", ","]
+
+
+def write_sentence(rng: random.Random, n_words: int) -> str:
+    words = THEMES[rng.choice(sorted(THEMES))]
+    return " ".join(rng.choice(words if rng.random() < 0.6 else GLUE[:-2]) for _ in range(n_words)) + "."
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    rng = random.Random(7)
+    return list(dict.fromkeys(write_sentence(rng, rng.randint(4, 16)) for _ in range(400)))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = (
+        SPECIAL
+        + letters
+        + [f"##{letter}" for letter in letters]
+        + [*GLUE[:-2], *(word for words in THEMES.values() for word in words)]
+    )
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        cls_token="<s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_max_length=64,
+    )
+
+
+def make_teacher(folder: Path, architecture: str = "bert") -> Path:
+    """Save a random 4-layer teacher of 32 dimensions whose layers matter, and return its folder."""
+    torch.manual_seed(3)
+    tokenizer = make_tokenizer()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 80,
+        "pad_token_id": 0,
+    }
+    model = BertModel(BertConfig(**sizes)) if architecture == "bert" else MPNetModel(MPNetConfig(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    body = folder.parent / f"{folder.name}-body"
+    model.save_pretrained(body)
+    tokenizer.save_pretrained(body)
+    transformer = Transformer(str(body), max_seq_length=48)
+    SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def mpnet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("models") / "mpnet", "mpnet")
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
+    """A .jsonl of titled texts."""
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    rng = random.Random(11)
+    rows = [{"body": text, "title": " ".join(rng.sample(text.split(), 3)), "source": "made"} for text in sentences]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
+    """A folder of evaluation sets in the form that --data takes."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(5)
+    (folder / "sts").mkdir()
+    for name in ("STSBenchmark", "STS12"):
+        pairs = [(write_sentence(rng, 7), write_sentence(rng, 7), rng.randint(0, 5)) for _ in range(40)]
+        rows = [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs]
+        (folder / "sts" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    beir = folder / "retrieval" / "Tiny"
+    (beir / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(sentences[:30])]
+    queries = [{"_id": f"q{i}", "text": " ".join(text.split()[:4])} for i, text in enumerate(sentences[:10])]
+    (beir / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
+    (beir / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    judged = [f"q{i}\td{i}\t2\n" for i in range(10)] + ["q0\td5\t1\n"]
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, teacher_dir: Path, corpus_file: Path) -> Path:
+    """A recipe that runs in a few seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""\
+name: tiny
+seed: 1
+teacher: {{model: {teacher_dir}, dtype: float32}}
+corpus: {{source: {corpus_file}, text_column: body, query_column: title, holdout: 0.2}}
+student: {{layers: 2, embedding_size: 16}}
+training: {{epochs: 2, batch_size: 16, checkpoint_steps: 5, dtype: float32, learning_rate: 0.001}}
+evaluation: {{tasks: [agreement, known-item], resamples: 200}}
+search: {{question: where is the ship, results: 2}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests out of the user's folders."""
+    monkeypatch.setenv("EMBEDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)

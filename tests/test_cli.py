@@ -1,0 +1,148 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from embedistill import cli
+from embedistill.recipe import list_recipes
+
+COMMANDS = ["run", "validate", "evaluate", "compare", "report", "search", "recipes"]
+RECIPE_COMMANDS = ["list", "show", "copy", "settings"]
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["embedistill", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), *(["recipes", name] for name in RECIPE_COMMANDS)]
+)
+def test_help(command: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_every_command_is_listed_here() -> None:
+    group = typer.main.get_command(cli.app)
+    assert sorted(group.commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
+    assert sorted(group.commands["recipes"].commands) == sorted(RECIPE_COMMANDS)  # type: ignore[attr-defined]
+
+
+def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = call(monkeypatch, capsys, "recipes", "list", "--json")
+    assert (code, set(json.loads(out))) == (0, {path.stem for path in list_recipes()})
+    assert call(monkeypatch, capsys, "recipes", "show", "quickstart")[1] == list_recipes()[0].read_text()
+    assert call(monkeypatch, capsys, "recipes", "copy", "quickstart", "mine.yaml")[0] == 0
+    assert call(monkeypatch, capsys, "validate", "mine.yaml", "seed=3")[0] == 0
+    code, _, err = call(monkeypatch, capsys, "recipes", "copy", "quickstart", "mine.yaml")
+    assert (code, "mine.yaml: exists already; choose another name" in err) == (2, True)
+    assert "training.minutes" in call(monkeypatch, capsys, "recipes", "settings")[1]
+
+
+def test_wrong_use_is_one_message_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.yaml").write_text("name: x\ntraining: {minuts: 3}\n")
+    cases = [
+        (("validate", "bad.yaml"), "bad.yaml:2: training.minuts: unknown key"),
+        (("validate", "nowhere.yaml"), "nowhere.yaml: no such file"),
+        (("search", "nowhere", "q"), "nowhere: no index"),
+        (("report", "nowhere"), "nowhere: no report.json"),
+        (("compare", "nowhere"), "nowhere: no report.json"),
+        (("evaluate", "nowhere", "--task", "STS12", "--data", "nowhere"), "no such folder"),
+        (("run", "quickstart", "seed"), "override 'seed': no value"),
+    ]
+    for arguments, message in cases:
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in err
+        assert "Traceback" not in err
+    assert call(monkeypatch, capsys, "search")[0] == 2
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["embedistill", "validate", "nowhere.yaml", "--debug"])
+    with pytest.raises(Exception, match="no such file"):
+        cli.main()
+
+
+def test_the_systems_errors_are_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: Exception) -> tuple[int, str, str]:
+        def raising(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "find_recipe", raising)
+        return call(monkeypatch, capsys, "recipes", "show", "quickstart")
+
+    code, _, err = fail(OSError(28, "No space left on device", "/disk/x"))
+    assert (code, err.startswith("Error: /disk/x: no space left on the disk; free some space, then: what is")) == (
+        1,
+        True,
+    )
+    code, _, err = fail(PermissionError(13, "Permission denied", "/disk/x"))
+    assert (code, "/disk/x: no permission; choose another folder" in err) == (1, True)
+    code, _, err = fail(RuntimeError("a bug"))
+    assert (code, "RuntimeError: a bug; run it again with --debug" in err) == (1, True)
+
+
+def test_a_run_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe_file: Path, tmp_path: Path
+) -> None:
+    code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1")
+    assert code == 0, err
+    lines = out.rstrip().splitlines()
+    folder = next((tmp_path / "runs").iterdir())
+    assert re.search(r"student +│ +untrained", out)
+    assert re.search(r"known-item mrr@10 .* % \[\d", out)
+    assert "Q: where is the ship" in out
+    assert lines[-2] == f'  embedistill search runs/{folder.name} "your question"'
+    assert lines[-1] == f"  python -m webbrowser {(folder / 'report.html').as_uri()}"
+
+    code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1", "--json")
+    assert json.loads(out)["schema_version"] == 1
+    assert "training: done earlier" in err
+    assert len(json.loads(call(monkeypatch, capsys, "search", folder, "a cow", "--results", "3", "--json")[1])) == 3
+    assert "Page: " in call(monkeypatch, capsys, "report", folder)[1]
+    assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "0.99")[0] == 0
+    assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "0.0001")[0] == 1
+
+
+def test_evaluate_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    teacher_dir: Path,
+    mpnet_dir: Path,
+    data_dir: Path,
+) -> None:
+    same = ("evaluate", teacher_dir, "--teacher", teacher_dir, "--task", "Tiny", "--data", data_dir)
+    code, out, _ = call(monkeypatch, capsys, *same, "--margin", "0.5", "--json")
+    assert code == 0
+    assert json.loads(out)["comparisons"][0]["retention"]["student"]["verdict"] == "PASS"
+
+
+def test_a_folder_without_write_permission(recipe_file: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        blocked = tmp_path / "file"
+        blocked.write_text("")  # root may write anywhere, but not below a file
+    else:
+        blocked = tmp_path / "dir"
+        blocked.mkdir(mode=0o500)
+    command = [sys.executable, "-m", "embedistill", "run", str(recipe_file), "--run-dir", str(blocked / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in {1, 2}
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {blocked}")
+    assert "Traceback" not in done.stderr

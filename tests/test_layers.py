@@ -1,0 +1,51 @@
+"""Data flows one way, and so do imports."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "embedistill"
+ORDER = [
+    "errors",
+    "files",
+    "progress",
+    "recipe",
+    "hub",
+    "corpus",
+    "wheels",
+    "cache",
+    "teacher",
+    "student",
+    "training",
+    "evaluation",
+    "report",
+    "search",
+    "stages",
+    "judgement",
+    "pipeline",
+    "cli",
+]
+
+
+def test_imports_point_to_the_left() -> None:
+    seen = 0
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if module.startswith("__"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("embedistill"):
+                names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+                for name in names:
+                    seen += 1
+                    assert ORDER.index(name) <= ORDER.index(module), f"{path.name} imports {name}"
+    assert seen > 50
+
+
+def test_only_the_pipeline_and_the_command_line_know_a_recipe() -> None:
+    knowing = {
+        path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "embedistill.recipe"
+    }
+    assert knowing - {"__init__"} == {"pipeline", "cli"}

@@ -1,0 +1,256 @@
+"""The whole line on a tiny teacher: run, kill, run again, and everything that can be in its way."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from embedistill import compare, distill, evaluate, load_recipe, pipeline, stages, teacher
+from embedistill.errors import EmbedistillError, RecipeError, UsageError
+from embedistill.report.document import load_report
+
+RUN = """
+import os, signal, sys
+from embedistill import load_recipe
+import embedistill.pipeline as pipeline
+
+def killing(function, at):
+    calls = 0
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+
+place, at = sys.argv[2], int(sys.argv[3])
+if place:
+    module_name, _, name = place.rpartition(":")
+    module = __import__(module_name, fromlist=["x"])
+    *owners, attribute = name.split(".")
+    for owner in owners:
+        module = getattr(module, owner)
+    setattr(module, attribute, killing(getattr(module, attribute), at))
+pipeline.distill(load_recipe(sys.argv[1]), "run", "cache")
+"""
+
+KILLS = [
+    ("embedistill.corpus.records:pq.write_table", 1),
+    ("embedistill.cache:write_json", 2),
+    ("embedistill.student:np.save", 1),
+    ("embedistill.training.objectives:similarity_divergence", 14),
+    ("embedistill.pipeline:save_result", 3),
+    ("embedistill.pipeline:write_page", 1),
+    ("embedistill.search:faiss.write_index", 1),
+]
+
+
+def run_process(recipe: Path, folder: Path, place: str, at: int) -> int:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", RUN, str(recipe), place, str(at)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).returncode
+
+
+def comparable(folder: Path) -> dict[str, object]:
+    """Return a report without what time and place make of it."""
+    report = json.loads((folder / "report.json").read_text())
+    report.pop("seconds")
+    for model in report["models"]:
+        model.pop("texts_per_second")
+        model.pop("name")
+    return report
+
+
+def test_killed_in_every_stage_the_run_comes_to_the_same_report(recipe_file: Path, tmp_path: Path) -> None:
+    for place, at in KILLS:
+        assert run_process(recipe_file, tmp_path / "killed", place, at) == -signal.SIGKILL, place
+    assert run_process(recipe_file, tmp_path / "killed", "", 0) == 0
+    assert run_process(recipe_file, tmp_path / "whole", "", 0) == 0
+    killed, whole = comparable(tmp_path / "killed" / "run"), comparable(tmp_path / "whole" / "run")
+    assert killed.keys() == whole.keys()
+    assert killed["corpus"] == whole["corpus"]
+    for mine, theirs in zip(killed["comparisons"], whole["comparisons"], strict=True):
+        assert mine["values"] == pytest.approx(theirs["values"], abs=1e-3)
+    assert not list((tmp_path / "killed" / "run").glob(".*.part"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_file: Path, data_dir: Path) -> Path:
+    """A finished run with every kind of task, in a folder with its recipe and its cache."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "r.yaml").write_text(
+        f"""\
+name: r
+teacher: {{model: {teacher_dir}, dtype: float32}}
+corpus: {{source: {corpus_file}, text_column: body, query_column: title, holdout: 0.2}}
+student: {{layers: 2, embedding_size: 16}}
+training: {{epochs: 2, batch_size: 16, dtype: float32, learning_rate: 0.001}}
+evaluation:
+  tasks: [agreement, known-item, STSBenchmark, STS12, Tiny]
+  data: {data_dir}
+  baselines: [{teacher_dir}]
+  margin: 0.5
+  resamples: 200
+search: {{question: where is the ship, results: 2}}
+"""
+    )
+    distill(load_recipe(folder / "r.yaml"), folder / "run", folder / "cache")
+    return folder
+
+
+def again(folder: Path, *overrides: str) -> pipeline.Run:
+    return distill(load_recipe(folder / "r.yaml", "name=r", *overrides), folder / "run", folder / "cache")
+
+
+def test_a_run_holds_what_it_should(finished: Path, teacher_dir: Path) -> None:
+    run = finished / "run"
+    assert {path.name for path in run.iterdir()} - {".lock"} == {
+        *("recipe.yaml", "run.json", "corpus.parquet", "untrained", "model", "training_log.jsonl", "results"),
+        *("report.json", "report.html", "index"),
+    }
+    record = json.loads((run / "run.json").read_text())
+    assert list(record["stages"]) == ["corpus", "encode", "student", "training", "evaluation", "report", "index"]
+    assert record["versions"]["sentence-transformers"]
+    result = json.loads((run / "results" / "STS12" / "student.json").read_text())
+    assert len(result["items"]["cosine"]) == 40
+    report = load_report(run)
+    assert [model.role for model in report.models] == ["teacher", "student", "untrained", str(teacher_dir)]
+    assert {row.task for row in report.comparisons} == {
+        *("agreement", "known-item", "STSBenchmark", "STS12", "Tiny", "STS mean")
+    }
+    itself = report.retention("Tiny", role=str(teacher_dir))
+    assert itself.value == pytest.approx(1, abs=0.02)
+    assert report.retention("agreement", "cosine").value > report.retention("agreement", "cosine", "untrained").value
+
+
+def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("read", "encode", "build", "train", "evaluate", "report", "index"):
+        monkeypatch.setattr(pipeline._Line, name, lambda self: pytest.fail("run again"))
+    run = again(finished)
+    assert run.student.encode("a plain SentenceTransformer").shape == (16,)
+
+
+def test_a_stage_whose_output_is_gone_is_run_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(finished / "run" / "index")
+    for name in ("read", "encode", "build", "train", "evaluate", "report"):
+        monkeypatch.setattr(pipeline._Line, name, lambda self: pytest.fail("run again"))
+    again(finished)
+    assert (finished / "run" / "index" / "index.json").is_file()
+
+
+def test_the_stored_recipe_repeats_the_run(finished: Path) -> None:
+    repeated = distill(load_recipe(finished / "run" / "recipe.yaml"), finished / "repeated", finished / "cache")
+    first = load_report(finished / "run")
+    for mine, theirs in zip(repeated.report.comparisons, first.comparisons, strict=True):
+        assert mine.values == pytest.approx(theirs.values, abs=1e-4)
+    both = compare(finished / "run", finished / "repeated")
+    assert [model.role for model in both.models] == ["teacher", "run", "repeated"]
+    assert both.retention("STS12", role="repeated").value == pytest.approx(first.retention("STS12").value, abs=1e-3)
+
+
+def test_a_folder_with_another_recipes_run_is_left_alone(finished: Path) -> None:
+    before = (finished / "run" / "report.json").read_bytes()
+    with pytest.raises(UsageError, match=r"the run of another recipe: training\.epochs 2\.0, now 5\.0"):
+        again(finished, "training.epochs=5")
+    assert (finished / "run" / "report.json").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match=r"no run of ours, but thesis\.txt"):
+        distill(load_recipe(recipe_file), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_two_processes_do_not_share_a_run(finished: Path) -> None:
+    with filelock.FileLock(finished / "run" / ".lock"), pytest.raises(UsageError, match="another process is at work"):
+        again(finished)
+
+
+def test_no_disk_space_is_said_before_anything_is_encoded(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(teacher, "encode", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UsageError, match=r"0\.0 GB free; expected .* GB; free some space"):
+        distill(load_recipe(recipe_file), tmp_path / "run")
+
+
+def test_what_cannot_be_is_said_before_anything_is_encoded(
+    recipe_file: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "encode", lambda *_: pytest.fail("encoded"))
+    cases = {
+        ("student.layers=9",): "student.layers: 9; expected at most the teacher's 4",
+        ("evaluation.tasks=[STS99]", f"evaluation.data={data_dir}"): "STS99: not in",
+        ("evaluation.tasks=[STS12]",): "the Hub does not answer",
+        ("corpus.text_column=text",): "no column 'text'; expected one of: body, title, source",
+        ("corpus.min_characters=9999",): "0 records to train on",
+        ("teacher.model=org/none",): "model org/none: not found",
+        ("corpus.source=nowhere.txt",): "no such file or folder",
+        ("evaluation.baselines=[org/none]",): "model org/none: not found",
+    }
+    for overrides, message in cases.items():
+        recipe = load_recipe(recipe_file, *overrides)
+        with pytest.raises(EmbedistillError) as error:
+            distill(recipe, tmp_path / recipe.name)
+        assert message in str(error.value)
+    with pytest.raises(RecipeError):
+        load_recipe(recipe_file, "student.layers=0")
+
+
+def test_a_task_that_cannot_be_had_may_be_skipped_and_stays_so(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, "evaluation.tasks=[agreement, STS12]", "evaluation.missing=skip")
+    report = distill(recipe, tmp_path / "run").report
+    assert list(report.skipped) == ["STS12"]
+    assert {row.task for row in report.comparisons} == {"agreement"}
+
+
+def test_a_student_in_the_teachers_own_space(recipe_file: Path, tmp_path: Path, teacher_dir: Path) -> None:
+    recipe = load_recipe(recipe_file, "student.embedding_size=null", "student.layers=[0, 1, 2, 3]", "search=null")
+    run = distill(recipe, tmp_path / "run")
+    assert run.student.get_embedding_dimension() == 32
+    assert not (run.folder / "model" / "teacher_projection.npy").exists()
+    assert not (run.folder / "index").exists()
+    texts = ["the ship in the harbour.", "a cow on the field."]
+    cosine = (run.student.encode(texts) * SentenceTransformer(str(teacher_dir)).encode(texts)).sum(1)
+    assert cosine.min() > 0.9
+
+
+def test_a_corpus_that_grows_encodes_only_what_is_new(recipe_file: Path, corpus_file: Path, tmp_path: Path) -> None:
+    grown = tmp_path / "grown.jsonl"
+    grown.write_text(corpus_file.read_text())
+    recipe = load_recipe(recipe_file, f"corpus.source={grown}", "training.epochs=0.1")
+    distill(recipe, tmp_path / "run", tmp_path / "cache")
+    with grown.open("a") as stream:
+        stream.write(json.dumps({"body": "one more ship near the old harbour.", "title": "one more ship"}) + "\n")
+    distill(recipe, tmp_path / "run", tmp_path / "cache")
+    encoded = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["encode"]["encoded"]
+    assert encoded <= 8  # the new text, and what moved from the held-out part to the training part
+
+
+def test_a_model_is_evaluated_beside_its_teacher(teacher_dir: Path, mpnet_dir: Path, data_dir: Path) -> None:
+    report = evaluate(str(mpnet_dir), ["STS12", "Tiny"], teacher=str(teacher_dir), data=data_dir, margin=0.03)
+    assert [model.role for model in report.models] == ["teacher", "student"]
+    assert report.retention("STS12").verdict
+    same = evaluate(teacher_dir, ["STS12"], teacher=str(teacher_dir), data=data_dir)
+    assert same.retention("STS12").value == pytest.approx(1, abs=0.02)
+    alone = evaluate(teacher_dir, ["STS12"], data=data_dir)
+    assert alone.comparisons[0].retention == {}
+    sts = same.comparisons[0]
+    assert np.isfinite(list(sts.values.values())).all()
+
+
+def test_runs_without_a_common_task_cannot_be_compared(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    distill(load_recipe(recipe_file, "evaluation.tasks=[agreement]", "seed=9", "search=null"), tmp_path / "other")
+    with pytest.raises(UsageError, match="no task with the same items"):
+        compare(finished / "run", tmp_path / "other")

