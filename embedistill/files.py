@@ -28,7 +28,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
             _sync(file)
         if path.is_dir():
-            shutil.rmtree(path)
+            remove(path)
         part.replace(path)
         _sync(path.parent)
     finally:
@@ -70,9 +70,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder, if it is there; a folder is out of the way before its first file is gone."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        aside = (
+            path if path.name.endswith(PART) else path.rename(path.with_name(f".{path.name}.{os.getpid()}.old{PART}"))
+        )
+        shutil.rmtree(aside)
     else:
         path.unlink(missing_ok=True)
 

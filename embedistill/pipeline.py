@@ -252,7 +252,8 @@ class _Line:
     def index(self) -> None:
         records = [record for split in self.corpus.values() for record in split]
         texts, sources = [record.text for record in records], [record.source for record in records]
-        build_index(self._load("model"), self.folder / "model", texts, sources, self.folder / INDEX)
+        model = self._load("model", self._choose_dtype("student", self.recipe.training.dtype))
+        build_index(model, self.folder / "model", texts, sources, self.folder / INDEX)
 
     def _all_tasks(self) -> list[Task]:
         """Return the tasks in the recipe's order, the run's own among them."""
@@ -264,8 +265,8 @@ class _Line:
         found = [named.get(name) for name in self.recipe.evaluation.tasks]
         return [task for task in found if task is not None]
 
-    def _load(self, name: str) -> SentenceTransformer:
-        return SentenceTransformer(str(self.folder / name), local_files_only=True)
+    def _load(self, name: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+        return SentenceTransformer(str(self.folder / name), model_kwargs={"dtype": dtype}, local_files_only=True)
 
     def _save(self, student: SentenceTransformer, folder: Path, projection: Embeddings | None) -> None:
         space = {

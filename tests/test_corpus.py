@@ -3,10 +3,12 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedistill import hub
 from embedistill.corpus.docstrings import _to_record, find_packages, read_docstrings
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, _parse_hub_name, describe_source, read_corpus
@@ -105,6 +107,19 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
         describe_source("docstrings:no-such-package")
     with pytest.raises(EmbedistillError, match="the Hub does not answer"):
         read("hf:org/dataset")
+
+
+def test_rows_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, config: str | None, split: str) -> list[dict[str, str]]:
+        if path != "org/d":
+            raise ValueError(f"no config {config}")
+        return [{"text": f"{config} {split}"}]
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("hf:org/d:en:test") == [Record("en test", "org/d:en:test")]
+    with pytest.raises(UsageError, match="hf:org/other: no config None; expected hf:org/dataset"):
+        read("hf:org/other")
 
 
 def test_what_a_source_is_changes_with_its_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,15 @@ def test_every_setting_is_described() -> None:
     settings = list(list_settings())
     assert len(settings) > 25
     assert all(setting.description for setting in settings)
+
+
+def test_recipes_ship_inside_the_wheel(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=root, capture_output=True, check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {f"embedistill/recipes/{path.name}" for path in list_recipes()} <= set(names)
+    assert {"embedistill/py.typed", "embedistill/report/page.html"} <= set(names)
 
 
 def test_checking_a_recipe_does_not_import_torch() -> None:

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import datasets
 import pytest
 
+from embedistill import hub
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.evaluation.tasks import RetrievalTask, StsTask, describe_tasks, load_task, load_tasks
 
@@ -28,6 +30,28 @@ def test_without_folder_and_hub_a_set_is_an_error_or_is_left_out(capsys: pytest.
         load_task("STSBenchmark", None)
     assert load_tasks(["STSBenchmark"], None, skip_missing=True) == []
     assert "Task STSBenchmark is left out" in capsys.readouterr().err
+
+
+def test_sets_from_the_hub_are_those_that_mteb_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load_dataset(path: str, **options: object) -> list[dict[str, object]]:
+        asked.append((path, options))
+        return [{"sentence1": "a", "sentence2": "b", "score": 1.0}, {"sentence1": "c", "sentence2": "d", "score": 5.0}]
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task = load_task("STSBenchmark", None)
+    assert isinstance(task, StsTask)
+    assert (task.sentences1, task.scores) == (["a", "c"], [1.0, 5.0])
+    ((path, options),) = asked  # type: ignore[misc]
+    assert path == "mteb/stsbenchmark-sts"
+    assert len(options["revision"]) == 40
+    assert options["split"] == "test"
+    with pytest.raises(UsageError, match="SciFact: a task of type Retrieval; expected an STS set"):
+        load_task("SciFact", None)
+    with pytest.raises(UsageError, match="Nonsense: not a task of mteb"):
+        load_task("Nonsense", None)
 
 
 def test_bad_sets_say_where(tmp_path: Path) -> None:

