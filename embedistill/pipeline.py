@@ -189,7 +189,7 @@ class _Line:
             weights={"embedding": section.objectives.embedding, "similarity": section.objectives.similarity},
             temperature=section.temperature,
             schedule=schedule,
-            work_dir=self.folder / "checkpoints",
+            work_dir=self.folder / "checkpoints" / self.stages.current[:12],
             log_path=self.folder / "training_log.jsonl",
         )
         self._save(student, self.folder / "model", projection)

@@ -38,6 +38,7 @@ class Stages:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self._path = folder / "run.json"
+        self.current = ""  # fingerprint of the inputs of the stage at work
         if self._path.is_file():
             self.record: dict[str, Any] = read_json(self._path)
         else:
@@ -68,6 +69,7 @@ class Stages:
             note(f"{name}: done earlier")
             return key
         start = time.perf_counter()
+        self.current = key
         facts = work() or {}
         self.record["stages"][name] = {"key": key, "seconds": round(time.perf_counter() - start, 2), **facts}
         write_json(self._path, self.record)

@@ -17,10 +17,10 @@ from torch import nn
 
 from embedistill.errors import UsageError
 from embedistill.files import read_json, write_json
+from embedistill.teacher import encode_with_progress
 
 ARCHITECTURES = ("bert", "mpnet", "roberta", "xlm-roberta", "camembert")
 PROJECTION = "teacher_projection.npy"
-_BATCH = 64
 
 Matrix = npt.NDArray[np.float32]
 
@@ -91,7 +91,7 @@ def build_student(
     transformer.model = _drop_layers(transformer.model, layers)
     prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
     body = SentenceTransformer(modules=modules, device=str(teacher.device), **prompts)
-    pooled = np.asarray(body.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
+    pooled = encode_with_progress(body, "student", texts, unit=False)
     weight = torch.from_numpy(solve_ridge(pooled, targets).T.copy())
     head = Dense(pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight)
     student = SentenceTransformer(modules=[*modules, head, Normalize()], device=str(teacher.device), **prompts)

@@ -154,17 +154,20 @@ def describe_encoding(located: LocatedModel, model: SentenceTransformer, dtype: 
     }
 
 
-def encode(model: SentenceTransformer, texts: Sequence[str]) -> Embeddings:
-    """Encode texts to unit vectors in fp32, shape (n_texts, dim)."""
-    vectors = np.asarray(model.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
-    unit: Embeddings = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return unit
+def encode(model: SentenceTransformer, texts: Sequence[str], *, unit: bool = True) -> Embeddings:
+    """Encode texts to vectors in fp32, shape (n_texts, dim), of unit length or as the model gives them."""
+    vectors: Embeddings = np.asarray(model.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
+    if unit:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return vectors
 
 
-def encode_with_progress(model: SentenceTransformer, label: str, texts: Sequence[str]) -> Embeddings:
+def encode_with_progress(
+    model: SentenceTransformer, label: str, texts: Sequence[str], *, unit: bool = True
+) -> Embeddings:
     """Encode texts as `encode` does, with a progress bar."""
     with progress_bar(f"{label} encodes", len(texts), "texts") as advance:
-        return _encode_in_batches(model, texts, advance)
+        return _encode_in_batches(model, texts, advance, unit=unit)
 
 
 class CachedTeacher:
@@ -218,12 +221,14 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("EMBEDISTILL_CACHE") or cache_home / "embedistill")
 
 
-def _encode_in_batches(model: SentenceTransformer, texts: Sequence[str], advance: Callable[[int], None]) -> Embeddings:
+def _encode_in_batches(
+    model: SentenceTransformer, texts: Sequence[str], advance: Callable[[int], None], *, unit: bool = True
+) -> Embeddings:
     """Encode texts in batches of like length, so that little is padded, saying how many are done after each."""
     order = np.argsort([-len(text) for text in texts], kind="stable")
     vectors = np.empty((len(texts), model.get_embedding_dimension() or 0), np.float32)
     for rows in (order[cut : cut + _BATCH] for cut in range(0, len(order), _BATCH)):
-        vectors[rows] = encode(model, [texts[row] for row in rows])
+        vectors[rows] = encode(model, [texts[row] for row in rows], unit=unit)
         advance(len(rows))
     return vectors
 

@@ -102,8 +102,10 @@ def mpnet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus_file(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
     """A .jsonl of titled texts."""
     path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
-    rng = random.Random(11)
-    rows = [{"body": text, "title": " ".join(rng.sample(text.split(), 3)), "source": "made"} for text in sentences[:160]]
+    rng, made = random.Random(11), sentences[:160]
+    rows = [
+        {"body": text, "title": " ".join(rng.sample(text.split(), 3)), "source": "made"} for text in sentences[:160]
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -22,14 +22,14 @@ def test_spearman_is_scipys_also_with_ties_and_for_a_resample() -> None:
     for _ in range(20):
         x, y = RNG.integers(0, 6, 30).astype(float), RNG.normal(size=30)
         drawn = RNG.integers(30, size=30)
-        weights = np.stack([np.ones(30), np.bincount(drawn, minlength=30)]).astype(float)
+        weights = np.stack([np.ones(30), np.bincount(drawn, minlength=30)], axis=1).astype(float)
         plain, resampled = spearman(x, y, weights)
         assert plain == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
         assert resampled == pytest.approx(stats.spearmanr(x[drawn], y[drawn]).statistic, abs=1e-12)
 
 
 def test_spearman_of_a_constant_is_zero() -> None:
-    assert spearman(np.ones(5), np.arange(5.0), np.ones((1, 5)))[0] == 0
+    assert spearman(np.ones(5), np.arange(5.0), np.ones((5, 1)))[0] == 0
 
 
 def test_rankings_are_scored_as_trec_eval_does() -> None:

@@ -180,7 +180,7 @@ def test_no_disk_space_is_said_before_anything_is_encoded(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr(teacher, "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded"))
     with pytest.raises(UsageError, match=r"0\.0 GB free; expected .* GB; free some space"):
         distill(load_recipe(recipe_file), tmp_path / "run")
 
@@ -188,7 +188,7 @@ def test_no_disk_space_is_said_before_anything_is_encoded(
 def test_what_cannot_be_is_said_before_anything_is_encoded(
     recipe_file: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded"))
     cases = {
         ("student.layers=9",): "student.layers: 9; expected at most the teacher's 4",
         ("evaluation.tasks=[STS99]", f"evaluation.data={data_dir}"): "STS99: not in",

@@ -165,7 +165,7 @@ def test_every_text_is_encoded_once(
     assert cached.encode_missing(sentences[:60] + sentences[:10]) == 60
     grown = CachedTeacher(located, torch.float32, tmp_path)
     assert grown.encode_missing(sentences[:70]) == 10
-    monkeypatch.setattr(teacher, "encode", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded again"))
     vectors = CachedTeacher(located, torch.float32, tmp_path).vectors(sentences[:70][::-1])
     np.testing.assert_allclose(vectors, load(located).encode(sentences[:70])[::-1], atol=1e-3)
 
@@ -190,7 +190,7 @@ def test_everything_that_changes_a_vector_is_in_the_key(teacher_dir: Path, mpnet
 def test_a_teacher_that_returns_nan_is_stopped(
     teacher_dir: Path, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "encode", lambda model, texts: np.full((len(texts), 32), np.nan, np.float32))
+    monkeypatch.setattr(teacher, "encode", lambda model, texts, unit: np.full((len(texts), 32), np.nan, np.float32))
     cached = CachedTeacher(locate(str(teacher_dir), models_dir=tmp_path), torch.float32, tmp_path)
     with pytest.raises(EmbedistillError, match=r"a vector that is not finite .*set teacher\.dtype=float32"):
         cached.encode_missing(sentences[:5])

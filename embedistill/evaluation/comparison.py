@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from embedistill.evaluation.metrics import SPEARMAN, Values, bootstrap
+from embedistill.evaluation.metrics import SPEARMAN, Values, bootstrap, count_items
 from embedistill.evaluation.scoring import Result
+from embedistill.progress import progress_bar
 
 Verdict = Literal["PASS", "FAIL", "UNDECIDED"]
 STS_MEAN = "STS mean"
@@ -54,25 +55,35 @@ def compare_results(
         seed: Of the resamples.
         margin: With it, retention has a verdict: PASS when the interval is above 1 - margin, FAIL when below.
     """
-    comparisons = []
+    comparisons: list[Comparison] = []
     of_sts: list[tuple[dict[str, float], dict[str, Values]]] = []
-    for task in dict.fromkeys(result.task for result in results):
-        peers = {result.role: result for result in results if result.task == task}
-        for metric in dict.fromkeys(name for peer in peers.values() for name in peer.metrics):
-            having = {role: peer for role, peer in peers.items() if metric in peer.metrics}
-            values = {role: peer.metrics[metric] for role, peer in having.items()}
-            draws = {role: bootstrap(peer.items, metric, resamples, seed) for role, peer in having.items()}
-            n_items = len(next(iter(next(iter(having.values())).items.values())))
-            comparisons.append(Comparison(task, metric, n_items, values, _retentions(values, draws, margin)))
-            if metric == SPEARMAN:
-                of_sts.append((values, draws))
-    if len(of_sts) > 1:
-        roles = [role for role in of_sts[0][0] if all(role in values for values, _ in of_sts)]
-        means = {role: float(np.mean([values[role] for values, _ in of_sts])) for role in roles}
-        draws = {role: np.mean([drawn[role] for _, drawn in of_sts], axis=0) for role in roles}
-        n_items = sum(comparison.n_items for comparison in comparisons if comparison.metric == SPEARMAN)
-        comparisons.append(Comparison(STS_MEAN, SPEARMAN, n_items, means, _retentions(means, draws, margin)))
-    return comparisons
+    with progress_bar("bootstrap", sum(len(result.metrics) for result in results), "metrics") as advance:
+        for task in dict.fromkeys(result.task for result in results):
+            peers = {result.role: result for result in results if result.task == task}
+            for metric in dict.fromkeys(name for peer in peers.values() for name in peer.metrics):
+                having = {role: peer for role, peer in peers.items() if metric in peer.metrics}
+                values = {role: peer.metrics[metric] for role, peer in having.items()}
+                draws = {}
+                for role, peer in having.items():
+                    draws[role] = bootstrap(peer.items, metric, resamples, seed)
+                    advance(1)
+                n_items = count_items(next(iter(having.values())).items)
+                comparisons.append(Comparison(task, metric, n_items, values, _retentions(values, draws, margin)))
+                if metric == SPEARMAN:
+                    of_sts.append((values, draws))
+    return comparisons + _average(of_sts, sum(row.n_items for row in comparisons if row.metric == SPEARMAN), margin)
+
+
+def _average(
+    of_sts: Sequence[tuple[dict[str, float], dict[str, Values]]], n_items: int, margin: float | None
+) -> list[Comparison]:
+    """Return the mean of two STS sets or more as a row of its own."""
+    if len(of_sts) < 2:
+        return []
+    roles = [role for role in of_sts[0][0] if all(role in values for values, _ in of_sts)]
+    means = {role: float(np.mean([values[role] for values, _ in of_sts])) for role in roles}
+    draws = {role: np.mean([drawn[role] for _, drawn in of_sts], axis=0) for role in roles}
+    return [Comparison(STS_MEAN, SPEARMAN, n_items, means, _retentions(means, draws, margin))]
 
 
 def decide(low: float, high: float, margin: float | None) -> Verdict | None:

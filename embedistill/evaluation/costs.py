@@ -12,6 +12,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from embedistill.files import folder_bytes
+from embedistill.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,11 @@ def measure_speed(
     seconds: dict[str, list[float]] = {role: [] for role in encoders}
     for encode in encoders.values():
         encode(texts[:8])
-    for _ in range(rounds):
-        for role, encode in encoders.items():
-            start = time.perf_counter()
-            encode(texts)
-            seconds[role].append(time.perf_counter() - start)
+    with progress_bar("measuring speed", rounds * len(encoders), "passes") as advance:
+        for _ in range(rounds):
+            for role, encode in encoders.items():
+                start = time.perf_counter()
+                encode(texts)
+                seconds[role].append(time.perf_counter() - start)
+                advance(1)
     return {role: len(texts) / statistics.median(times) for role, times in seconds.items()}
