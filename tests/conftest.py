@@ -102,10 +102,9 @@ def mpnet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus_file(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> Path:
     """A .jsonl of titled texts."""
     path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
-    rng, made = random.Random(11), sentences[:160]
-    rows = [
-        {"body": text, "title": " ".join(rng.sample(text.split(), 3)), "source": "made"} for text in sentences[:160]
-    ]
+    rng = random.Random(11)
+    made = [(text, " ".join(rng.sample(text.split(), 3))) for text in sentences[:160]]
+    rows = [{"body": text, "title": title, "source": "made"} for text, title in made]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
