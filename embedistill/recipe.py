@@ -125,7 +125,8 @@ class EvaluationSection(_Section):
     )
     baselines: list[str] = Field([], description="Models to measure beside teacher and student.")
     margin: Share | None = Field(
-        None, description="PASS when retention is surely above 1 - margin, FAIL when surely below; default: no verdict."
+        None,
+        description="PASS when a task's retention is surely above 1 - margin, FAIL when surely below; default: no verdict.",
     )
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
 

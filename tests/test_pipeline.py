@@ -129,6 +129,8 @@ def test_a_run_holds_what_it_should(finished: Path, teacher_dir: Path) -> None:
     itself = report.retention("Tiny", role=str(teacher_dir))
     assert itself.value == pytest.approx(1, abs=0.02)
     assert 0.9 < report.retention("agreement", "cosine").value < 1
+    assert report.retention("agreement", "cosine").verdict is None  # the teacher has 1 by definition
+    assert report.retention("STS12").verdict
 
 
 def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 
 from embedistill.evaluation.metrics import SPEARMAN, Values, bootstrap, count_items
-from embedistill.evaluation.scoring import Result
+from embedistill.evaluation.scoring import NEIGHBOURS, Result
 from embedistill.progress import progress_bar
 
 Verdict = Literal["PASS", "FAIL", "UNDECIDED"]
 STS_MEAN = "STS mean"
+_OF_AGREEMENT = {"cosine", f"overlap@{NEIGHBOURS}"}  # the teacher has 1 by definition: a margin on it means nothing
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def compare_results(
                     draws[role] = bootstrap(peer.items, metric, resamples, seed)
                     advance(1)
                 n_items = count_items(next(iter(having.values())).items)
-                comparisons.append(Comparison(task, metric, n_items, values, _retentions(values, draws, margin)))
+                judged = None if metric in _OF_AGREEMENT else margin
+                comparisons.append(Comparison(task, metric, n_items, values, _retentions(values, draws, judged)))
                 if metric == SPEARMAN:
                     of_sts.append((values, draws))
     return comparisons + _average(of_sts, sum(row.n_items for row in comparisons if row.metric == SPEARMAN), margin)
