@@ -10,7 +10,7 @@ endif
 .PHONY: help quickstart test lint format clean
 
 help:            ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/installed   ## environment, install, distil, report, search
 	$(BIN)/embedistill run quickstart

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedistill.errors import EmbedistillError
-from embedistill.files import fingerprint, read_json, sha256_file, write_json, written_aside
+from embedistill.files import fingerprint, read_json, remove, sha256_file, write_json, written_aside
+from embedistill.progress import note
 
 Rows = npt.NDArray[np.int64]
 
@@ -96,14 +97,18 @@ class EmbeddingCache:
         return self.read(self.locate(texts))
 
     def _open_shard(self, name: str) -> None:
-        manifest = read_json(self.folder / f"{name}.json")
-        vectors = np.load(self.folder / f"{name}.vectors.npy", mmap_mode="r", allow_pickle=False)
-        hashes = np.load(self.folder / f"{name}.texts.npy", allow_pickle=False)
-        if vectors.shape != (manifest["rows"], self.dim) or len(hashes) != manifest["rows"]:
-            found = f"shard {name} of shape {vectors.shape}"
-            raise EmbedistillError(
-                f"cache {self.folder}", found, f"({manifest['rows']}, {self.dim})", f"delete {name}.*"
-            )
+        """Open a shard; one that is damaged is forgotten, so that its texts are encoded again."""
+        rows = read_json(self.folder / f"{name}.json")["rows"]
+        try:
+            vectors = np.load(self.folder / f"{name}.vectors.npy", mmap_mode="r", allow_pickle=False)
+            hashes = np.load(self.folder / f"{name}.texts.npy", allow_pickle=False)
+            damaged = vectors.shape != (rows, self.dim) or hashes.shape != (rows, 32)
+        except (OSError, ValueError):
+            damaged = True
+        if damaged:
+            note(f"Cache {self.folder}: shard {name} is damaged; its {rows:,} texts are encoded again")
+            remove(self.folder / f"{name}.json")
+            return
         start = len(self)
         self._rows.update((row.tobytes(), start + index) for index, row in enumerate(hashes))
         self._shards.append(vectors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import traceback
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from embedistill.errors import EmbedistillError, UsageError, explain_os_error
@@ -48,9 +50,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends as one message and an exit code
         if len(arguments) < len(sys.argv) - 1:
-            raise
+            traceback.print_exc()
         sys.exit(_report_failure(error))
 
 
@@ -87,7 +89,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Distil a teacher as a recipe says, and report how much was kept. A run that was stopped goes on."""
-    loaded = load_recipe(recipe, *(overrides or []), *([f"evaluation.data={data}"] if data else []))
+    loaded = load_recipe(recipe, *(overrides or []), *([f"evaluation.data={json.dumps(str(data))}"] if data else []))
     _hush()
     from embedistill.pipeline import distill
 
@@ -253,7 +255,7 @@ def _print_hits(query: str, hits: list[Hit]) -> None:
 def _print_table(columns: list[str], rows: list[list[Any]]) -> None:
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(cell) for cell in row))
     _console().print(table)
 
 

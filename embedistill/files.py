@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,11 @@ PART = ".part"
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or a folder to; on success it takes the place of `path`.
 
-    A reader, or a run that was killed, sees the old content or the new, never a part of it.
+    A reader, or a run that was killed, never sees a part of it: of a file the old content or the new; of a folder the
+    old one, for a moment none, and the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
-    remove(part)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
         yield part
         for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
@@ -72,9 +73,8 @@ def folder_bytes(folder: Path) -> int:
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there; a folder is out of the way before its first file is gone."""
     if path.is_dir() and not path.is_symlink():
-        aside = (
-            path if path.name.endswith(PART) else path.rename(path.with_name(f".{path.name}.{os.getpid()}.old{PART}"))
-        )
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+        path.rename(aside)
         shutil.rmtree(aside)
     else:
         path.unlink(missing_ok=True)

@@ -52,6 +52,9 @@ def evaluate(
         UsageError: There is no such model or task.
         EmbedistillError: The Hub does not answer.
     """
+    _check_margin(margin)
+    if margin is not None and teacher is None:
+        raise UsageError("margin", "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
     cache = Path(cache_dir or default_cache_dir())
     loaded = load_tasks(tasks, Path(data) if data else None, skip_missing=False)
     names = {"teacher": teacher, "student": str(model)} if teacher else {"student": str(model)}
@@ -82,6 +85,7 @@ def compare(*runs: str | Path, margin: float | None = None) -> Report:
     Raises:
         UsageError: A folder is no finished run, or the runs have no task with the same items.
     """
+    _check_margin(margin)
     folders = [Path(run) for run in runs]
     reports = [load_report(folder) for folder in folders]
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
@@ -102,11 +106,16 @@ def compare(*runs: str | Path, margin: float | None = None) -> Report:
     for name, report in zip(names, reports, strict=True):
         models.append(replace(next(model for model in report.models if model.role == "student"), role=name))
     comparisons = compare_results(chosen, resamples=RESAMPLES, seed=SEED, margin=margin)
-    return Report(" and ".join(names), models, comparisons, margin)
+    return Report(" and ".join(names), models, comparisons, margin, judged=names)
+
+
+def _check_margin(margin: float | None) -> None:
+    if margin is not None and not 0 < margin < 1:
+        raise UsageError("margin", str(margin), "a share between 0 and 1, such as 0.03")
 
 
 def _same_items(teacher: Result, other: Result | None) -> bool:
-    return other is not None and other.items == teacher.items
+    return other is not None and (other.task_sha256, other.model) == (teacher.task_sha256, teacher.model)
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

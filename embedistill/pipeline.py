@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -13,16 +13,19 @@ from sentence_transformers import SentenceTransformer
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
+from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed
 from embedistill.evaluation.scoring import Embeddings, load_results, save_result, score_model
 from embedistill.evaluation.tasks import (
     AgreementTask,
+    StsTask,
     Task,
     describe_tasks,
     load_task,
     load_tasks,
     make_known_item_task,
+    save_sts,
 )
 from embedistill.files import folder_bytes, remove, written_aside
 from embedistill.progress import note
@@ -51,9 +54,9 @@ from embedistill.teacher import (
 )
 from embedistill.training.loop import Schedule, train
 
-_HEAD_TEXTS = 2_000
+_HEAD_TEXTS = 1_500
 _PCA_TEXTS = 20_000
-_SPEED_TEXTS = 128
+_SPEED_TEXTS = 64
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
 
@@ -87,7 +90,8 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         stages = line.stages
         found = [describe_source(recipe.corpus.source), describe_tasks(line.task_names, line.data)]
         corpus = stages.run("corpus", line.read, found, ["corpus.parquet"])
-        encoded = stages.run("encode", line.encode, [corpus, line.teacher.located.weights_sha256], [])
+        located = line.teacher.located
+        encoded = stages.run("encode", line.encode, [corpus, located.weights_sha256, located.settings_sha256], [])
         built = stages.run("student", line.build, [encoded], ["untrained"])
         trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
         scored = stages.run("evaluation", line.evaluate, [trained], ["results"])
@@ -121,17 +125,30 @@ class _Line:
     @cached_property
     def task_names(self) -> list[str]:
         """The named tasks whose data could be had when the run was first made."""
-        names: list[str] = self.stages.choose("tasks", lambda: [task.name for task in self._find_tasks()])
+        names: list[str] = self.stages.choose("tasks", self._find_tasks)
         return names
 
     @cached_property
     def tasks(self) -> list[Task]:
-        return [load_task(name, self.data) for name in self.task_names]
+        return [load_task(name, self.data or self.folder / "data") for name in self.task_names]
 
-    def _find_tasks(self) -> list[Task]:
+    def _find_tasks(self) -> list[str]:
+        """Return the named tasks that can be had; those of the Hub are kept with the run, to go on without it."""
         section = self.recipe.evaluation
         names = [name for name in section.tasks if name not in {AGREEMENT, KNOWN_ITEM}]
-        return load_tasks(names, self.data, skip_missing=section.missing == "skip")
+        found = load_tasks(names, self.data, skip_missing=section.missing == "skip")
+        for task in found if self.data is None else []:
+            save_sts(cast(StsTask, task), self.folder / "data")
+        return [task.name for task in found]
+
+    def _check_tasks(self) -> None:
+        """Stop, before anything is encoded, where a task cannot be made of the corpus, or none is left."""
+        made = {task.name for task in self._all_tasks()}
+        lost = [name for name in self.recipe.evaluation.tasks if name not in made]
+        if not made or (lost and self.recipe.evaluation.missing == "error"):
+            found = f"{', '.join(lost)} cannot be had"
+            do = f"{KNOWN_ITEM} needs held-out records with a query: set corpus.query_column, or take it off the list"
+            raise UsageError("evaluation.tasks", found, "data for each of them", do)
 
     @cached_property
     def corpus(self) -> dict[Split, list[Record]]:
@@ -157,11 +174,17 @@ class _Line:
         return {"funnel": asdict(funnel)}
 
     def encode(self) -> dict[str, Any]:
-        texts, cache = self.training_texts, self.teacher.cache
+        self._check_tasks()
+        texts, cache, size = self.training_texts, self.teacher.cache, self.recipe.student.embedding_size
+        if size and size > cache.dim:
+            raise UsageError(
+                "student.embedding_size", str(size), f"at most the {cache.dim} of the teacher's embeddings"
+            )
         check_space(self.folder, _MODEL_COPIES * folder_bytes(self.teacher.located.path))
         check_space(self.cache_dir, 2 * cache.dim * len(texts))
         encoded = self.teacher.encode_missing(texts)
-        return {"cache_key": cache.key, "texts": len(texts), "encoded": encoded}
+        teacher = {**asdict(self.teacher.located), "path": str(self.teacher.located.path)}
+        return {"teacher": teacher, "cache_key": cache.key, "texts": len(texts), "encoded": encoded}
 
     def build(self) -> dict[str, Any]:
         texts, size = self.training_texts, self.recipe.student.embedding_size
@@ -176,6 +199,7 @@ class _Line:
         section = self.recipe.training
         student = self._load("untrained")
         projection = load_projection(self.folder / "untrained")
+        self.teacher.encode_missing(self.training_texts)  # nothing, unless the cache was pruned or is another one
         rows = self.teacher.cache.locate(self.training_texts)
         schedule = Schedule(
             **section.model_dump(exclude={"objectives", "temperature", "dtype"}),
@@ -198,6 +222,8 @@ class _Line:
     def evaluate(self) -> dict[str, Any]:
         tasks = self._all_tasks()
         projection = load_projection(self.folder / "model")
+        names = {"teacher": self.teacher.located.name}
+        names |= {"student": str(self.folder / "model"), "untrained": str(self.folder / "untrained")}
         score = partial(score_model, tasks, teacher=self.teacher.vectors, versions=list_versions())
         same, mapped = (lambda vectors: vectors), partial(project, projection=projection)
         results = score(self.teacher.vectors, role="teacher", model=self.teacher.located.name, teacher_space=same)
@@ -209,8 +235,11 @@ class _Line:
         models |= {name: load(found) for name, found in self.baselines.items()}
         for role, model in list(models.items())[1:]:
             space = mapped if role in {"student", "untrained"} else None
-            results += score(partial(encode_with_progress, model, role), role=role, model=role, teacher_space=space)
+            results += score(
+                partial(encode_with_progress, model, role), role=role, model=names.get(role, role), teacher_space=space
+            )
         with written_aside(self.folder / "results") as part:
+            part.mkdir()
             for result in results:
                 save_result(result, part)
         texts = [record.document for record in self.corpus["holdout"][:_SPEED_TEXTS]]
@@ -221,7 +250,6 @@ class _Line:
             "untrained": self.folder / "untrained",
         }
         folders |= {name: found.path for name, found in self.baselines.items()}
-        names = {"teacher": self.teacher.located.name, "student": str(self.folder / "model")}
         facts = [
             asdict(describe_model(role, names.get(role, role), model, folders[role], speeds[role]))
             for role, model in models.items()

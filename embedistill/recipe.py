@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -34,7 +34,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TeacherSection(_Section):
@@ -58,7 +58,7 @@ class CorpusSection(_Section):
     """The texts to distil on."""
 
     source: str = Field(
-        description="A .txt, .csv, .jsonl or .parquet file (.gz too) or a folder of them, "
+        description="A .txt, .csv or .jsonl file (.gz too), a .parquet file, a folder of them, "
         "hf:org/dataset[:config][:split], or docstrings:[package,package]."
     )
     text_column: str = Field("text", description="Column with the text.")
@@ -94,6 +94,12 @@ class ObjectivesSection(_Section):
         description="KL divergence of the student's in-batch similarities from the teacher's.",
     )
 
+    @model_validator(mode="after")
+    def _has_a_term(self) -> ObjectivesSection:
+        if not self.embedding and not self.similarity:
+            raise ValueError("one weight above 0")
+        return self
+
 
 class TrainingSection(_Section):
     """How the student is trained."""
@@ -113,7 +119,7 @@ class TrainingSection(_Section):
 class EvaluationSection(_Section):
     """What teacher and student are compared on."""
 
-    tasks: list[str] = Field(
+    tasks: list[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]] = Field(
         [AGREEMENT, KNOWN_ITEM],
         min_length=1,
         description=f"{AGREEMENT} (with the teacher, on held-out texts), {KNOWN_ITEM} (FAISS retrieval of held-out "
@@ -126,7 +132,7 @@ class EvaluationSection(_Section):
     baselines: list[str] = Field([], description="Models to measure beside teacher and student.")
     margin: Share | None = Field(
         None,
-        description="PASS when a task's retention is surely above 1 - margin, FAIL when surely below; default: no verdict.",
+        description="PASS when retention is surely above 1 - margin, FAIL when below; default: no verdict.",
     )
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
 
@@ -142,7 +148,7 @@ class Recipe(_Section):
     """A whole recipe. `load_recipe` makes one of a name or a file."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(description="Name of the run's folder under runs/.")
-    seed: int = Field(42, description="Seed of selection, batches and bootstrap.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of selection, batches and bootstrap.")
     teacher: TeacherSection
     corpus: CorpusSection
     student: StudentSection
@@ -219,7 +225,7 @@ def list_recipes() -> list[Path]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return a recipe as YAML with every default written out: loading it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 @dataclass(frozen=True)
@@ -256,11 +262,18 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|nan)", "-+.0123456789"),
+    ("float", r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value).replace("_", "")))
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(str(node.value).replace("_", "")))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for something other than a string."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 _Location = tuple[str | int, ...]
 
@@ -294,6 +307,9 @@ def _locate(
     children: list[tuple[str | int, int, yaml.Node]] = []
     match node:
         case yaml.MappingNode():
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise UsageError(f"{path}:{key.start_mark.line + 1}", "a key that is no word", "key: value")
             children = [(key.value, key.start_mark.line + 1, value) for key, value in node.value]
         case yaml.SequenceNode():
             children = [(index, item.start_mark.line + 1, item) for index, item in enumerate(node.value)]
@@ -343,7 +359,7 @@ def _explain(detail: ErrorDetails, lines: dict[_Location, str], path: Path) -> U
             return UsageError(where, f"{key}: missing", do="set it; what it means: embedistill recipes settings")
         case _:
             found = f"{key}: {detail['input']!r}"
-            return UsageError(where, found, re.sub(r"^Input should be (a |an )?", r"\1", detail["msg"]))
+            return UsageError(where, found, re.sub(r"^(Input should be|Value error,) ", "", detail["msg"]))
 
 
 def _merge(problems: list[UsageError]) -> list[UsageError]:
@@ -371,17 +387,19 @@ def _suggest(name: str, names: list[str]) -> str:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    source, data, model = recipe.corpus.source, recipe.evaluation.data, recipe.teacher.model
+    source, data = recipe.corpus.source, recipe.evaluation.data
     if not source.startswith(REMOTE_SOURCES):
         source = str(Path(source).expanduser().absolute())
     if data is not None:
         data = str(Path(data).expanduser().absolute())
-    if Path(model).expanduser().is_dir():
-        model = str(Path(model).expanduser().absolute())
+    model, *baselines = (
+        str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
+        for name in (recipe.teacher.model, *recipe.evaluation.baselines)
+    )
     return recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update={"model": model}),
             "corpus": recipe.corpus.model_copy(update={"source": source}),
-            "evaluation": recipe.evaluation.model_copy(update={"data": data}),
+            "evaluation": recipe.evaluation.model_copy(update={"data": data, "baselines": baselines}),
         }
     )

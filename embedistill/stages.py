@@ -68,6 +68,8 @@ class Stages:
         if done.get("key") == key and all((self.folder / output).exists() for output in outputs):
             note(f"{name}: done earlier")
             return key
+        self.record["stages"].pop(name, None)  # while it is at work, its outputs are nobody's
+        write_json(self._path, self.record)
         start = time.perf_counter()
         self.current = key
         facts = work() or {}
@@ -151,7 +153,11 @@ def _claim(folder: Path, recipe: str) -> None:
         return
     there, wanted = (_flatten(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), recipe))
     changed = [key for key in sorted(there | wanted) if there.get(key) != wanted.get(key)]
-    if changed:
+    record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    if changed and not record.get("stages"):  # it came to nothing yet: the recipe may be mended
+        remove(folder / "run.json")
+        write_text(path, recipe)
+    elif changed:
         found = "; ".join(f"{key} {there.get(key)!r}, now {wanted.get(key)!r}" for key in changed[:5])
         do = "choose another --run-dir or name (what the teacher encoded is shared), or delete this one"
         raise UsageError(str(folder), f"the run of another recipe: {found}", "the same recipe", do)

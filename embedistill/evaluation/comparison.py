@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,7 +67,7 @@ def compare_results(
                 values = {role: peer.metrics[metric] for role, peer in having.items()}
                 draws = {}
                 for role, peer in having.items():
-                    draws[role] = bootstrap(peer.items, metric, resamples, seed)
+                    draws[role] = bootstrap(peer.items, metric, resamples, seed + zlib.crc32(task.encode()))
                     advance(1)
                 n_items = count_items(next(iter(having.values())).items)
                 judged = None if metric in _OF_AGREEMENT else margin

@@ -20,7 +20,7 @@ from embedistill.evaluation.metrics import (
     score_rankings,
 )
 from embedistill.evaluation.tasks import AgreementTask, RetrievalTask, StsTask, Task
-from embedistill.files import read_json, write_json
+from embedistill.files import fingerprint, read_json, write_json
 
 SCHEMA_VERSION = 1
 NEIGHBOURS = 10
@@ -32,13 +32,17 @@ Encoder = Callable[[Sequence[str]], Embeddings]
 
 @dataclass(frozen=True)
 class Result:
-    """What one model did on one task: the metrics, and one value an item to believe them by."""
+    """What one model did on one task: the metrics, and one value an item to believe them by.
+
+    `task_sha256` is that of the task's texts and judgements: results with the same one are of the same items.
+    """
 
     task: str
     role: str
     model: str
     metrics: dict[str, float]
     items: dict[str, list[float]]
+    task_sha256: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -87,7 +91,7 @@ def score_model(
                     continue
                 items = _agreement(lookup(task.texts), teacher(task.texts), teacher_space)
         metrics = {name: metric_value(items, name) for name in metric_names(items)}
-        results.append(Result(task.name, role, model, metrics, items, versions or {}))
+        results.append(Result(task.name, role, model, metrics, items, fingerprint(asdict(task)), versions or {}))
     return results
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedistill import hub
+from embedistill.corpus.reading import read_text_lines
 from embedistill.errors import EmbedistillError, UsageError
+from embedistill.files import write_text
 from embedistill.progress import note
 
 
@@ -51,6 +53,8 @@ class AgreementTask:
     name: str
     texts: list[str]
 
+
+_STS_COLUMNS = ("sentence1", "sentence2", "score")
 
 Task = StsTask | RetrievalTask | AgreementTask
 
@@ -116,14 +120,21 @@ def load_tasks(names: Iterable[str], folder: Path | None, *, skip_missing: bool)
     return tasks
 
 
+def save_sts(task: StsTask, folder: Path) -> None:
+    """Write an STS set to a folder in the form that `load_task` reads."""
+    rows = zip(task.sentences1, task.sentences2, task.scores, strict=True)
+    lines = [json.dumps(dict(zip(_STS_COLUMNS, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
+    write_text(folder / "sts" / f"{task.name}.jsonl", "".join(lines))
+
+
 def _load_sts(name: str, path: Path) -> StsTask:
-    return _to_sts(name, str(path), _read_lines(path, ("sentence1", "sentence2", "score")))
+    return _to_sts(name, str(path), _read_lines(path, _STS_COLUMNS))
 
 
 def _to_sts(name: str, where: str, rows: Sequence[dict[str, Any]]) -> StsTask:
     if len(rows) < 2:
         raise UsageError(where, f"{len(rows)} pairs", "two at the very least")
-    columns = ([row[key] for row in rows] for key in ("sentence1", "sentence2", "score"))
+    columns = ([row[key] for row in rows] for key in _STS_COLUMNS)
     first, second, scores = columns
     return StsTask(name, first, second, [float(score) for score in scores])
 
@@ -131,7 +142,7 @@ def _to_sts(name: str, where: str, rows: Sequence[dict[str, Any]]) -> StsTask:
 def _load_retrieval(name: str, folder: Path) -> RetrievalTask:
     corpus = folder / "corpus.jsonl.gz" if (folder / "corpus.jsonl.gz").is_file() else folder / "corpus.jsonl"
     documents = {
-        row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in _read_lines(corpus, ("_id", "text"))
+        row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _read_lines(corpus, ("_id", "text"))
     }
     queries = {row["_id"]: row["text"] for row in _read_lines(folder / "queries.jsonl", ("_id", "text"))}
     numbers = {document: number for number, document in enumerate(documents)}
@@ -139,27 +150,46 @@ def _load_retrieval(name: str, folder: Path) -> RetrievalTask:
     judgements = folder / "qrels" / "test.tsv"
     for line, row in enumerate(judgements.read_text(encoding="utf-8").splitlines()[1:], start=2):
         fields = row.split("\t")
-        if len(fields) != 3 or fields[0] not in queries or fields[1] not in numbers:
+        if len(fields) != 3 or fields[0] not in queries or fields[1] not in numbers or not _is_number(fields[2]):
             raise UsageError(f"{judgements}:{line}", repr(row), "a query, a document of the corpus, a score; with tabs")
         relevance.setdefault(fields[0], {})[numbers[fields[1]]] = float(fields[2])
     judged = {query: judged for query, judged in relevance.items() if any(score > 0 for score in judged.values())}
+    if len(judged) < 2:
+        raise UsageError(str(judgements), f"{len(judged)} queries with a relevant document", "two at the very least")
     return RetrievalTask(name, [queries[query] for query in judged], list(documents.values()), list(judged.values()))
 
 
 def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    """Read the objects of a .jsonl file; "score" has to be a number, every other key a string."""
     rows = []
-    with opened(path, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}:{number}", f"not JSON: {error}", "one object a line") from None
-            if not isinstance(row, dict) or not set(keys) <= set(row):
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise UsageError(f"{path}:{number}", found, f"an object with {', '.join(keys)}")
-            rows.append(row)
+    for where, line in read_text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(where, f"not JSON: {error}", "one object a line") from None
+        if not isinstance(row, dict) or not set(keys) <= set(row):
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise UsageError(where, found, f"an object with {', '.join(keys)}")
+        _check_row(where, row, keys)
+        rows.append(row)
     return rows
+
+
+def _check_row(where: str, row: dict[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if key == "score" and not _is_number(row[key]):
+            raise UsageError(where, f"score is {row[key]!r:.60}", "a number")
+        if key != "score" and not isinstance(row[key], str):
+            raise UsageError(where, f"{key} is {row[key]!r:.60}", "a string")
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def _load_from_hub(name: str) -> StsTask:
@@ -176,5 +206,12 @@ def _load_from_hub(name: str) -> StsTask:
     if metadata.type != "STS":
         do = "name a folder that has it: evaluation.data=DIR or --data DIR"
         raise UsageError(f"evaluation.tasks: {name}", f"a task of type {metadata.type}", "an STS set", do)
-    rows = datasets.load_dataset(metadata.dataset["path"], revision=metadata.dataset["revision"], split="test")
-    return _to_sts(name, f"hf:{metadata.dataset['path']}", list(rows))
+    where = f"hf:{metadata.dataset['path']}"
+    try:
+        rows = datasets.load_dataset(metadata.dataset["path"], revision=metadata.dataset["revision"], split="test")
+    except Exception as error:
+        raise EmbedistillError(where, str(error), do="check the network, or name a folder: --data DIR") from error
+    rows = list(rows)
+    for number, row in enumerate(rows, start=1):
+        _check_row(f"{where}:row {number}", row, _STS_COLUMNS)
+    return _to_sts(name, where, rows)

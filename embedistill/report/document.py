@@ -28,6 +28,7 @@ class Report:
         corpus: What became of the corpus, counts by name.
         seconds: By stage.
         skipped: Tasks that were asked for and could not be had.
+        judged: Roles that the verdict is on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Report:
     corpus: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: Sequence[str] = ()
+    judged: Sequence[str] = ("student",)
     schema_version: int = SCHEMA_VERSION
 
     def retention(self, task: str, metric: str | None = None, role: str = "student") -> Retention:
@@ -52,8 +54,9 @@ class Report:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The worst verdict of the student: FAIL before UNDECIDED before PASS; None without a margin."""
-        verdicts = {row.retention["student"].verdict for row in self.comparisons if "student" in row.retention}
+        """The worst verdict on the judged: FAIL before UNDECIDED before PASS; None without a margin."""
+        kept = [row.retention[role] for row in self.comparisons for role in self.judged if role in row.retention]
+        verdicts = {retention.verdict for retention in kept}
         worst: tuple[Verdict, ...] = ("FAIL", "UNDECIDED", "PASS")
         return next((verdict for verdict in worst if verdict in verdicts), None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.markup import escape
 from rich.table import Table
 
 from embedistill.evaluation.comparison import Comparison, Retention
@@ -19,20 +20,20 @@ from embedistill.report.document import Report
 def to_table(report: Report) -> Table:
     """Return the report as one table: a column a model, a row a figure."""
     roles = [model.role for model in report.models]
-    table = Table(title=report.name, title_justify="left", caption_justify="left")
+    table = Table(title=escape(report.name), title_justify="left", caption_justify="left")
     table.add_column("")
     for role in roles:
-        table.add_column(role, justify="right")
+        table.add_column(escape(role), justify="right")
     keeps = [role for role in roles if any(role in row.retention for row in report.comparisons)]
     for role in keeps:
-        table.add_column(f"{role} keeps [95 %]" if len(keeps) > 1 else "keeps [95 %]", justify="right")
+        table.add_column(escape(f"{role} keeps [95 %]" if len(keeps) > 1 else "keeps [95 %]"), justify="right")
     for label, values in list_facts(report.models):
         table.add_row(label, *values, *[""] * len(keeps))
     table.add_section()
     for row in report.comparisons:
         values = [f"{row.values[role]:.4f}" if role in row.values else "" for role in roles]
         kept = [format_retention(row.retention.get(role)) for role in keeps]
-        table.add_row(f"{row.task} {row.metric}", *values, *kept)
+        table.add_row(f"{row.task} {row.metric}", *values, *(escape(text) for text in kept))
     if report.skipped:
         table.caption = f"left out, no data: {', '.join(report.skipped)}"
     return table

@@ -31,7 +31,7 @@ Targets = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 
 _COMPLETE = "complete"
 _POOL_BATCHES = 32
-_CALIBRATION_SECONDS = 6.0
+_CALIBRATION_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
