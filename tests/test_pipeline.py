@@ -233,7 +233,7 @@ def test_tasks_that_cannot_be_made_of_the_corpus_are_said_before_anything_is_enc
         recipe = load_recipe(
             recipe_file, "corpus.query_column=null", "evaluation.tasks=[known-item]", f"evaluation.missing={policy}"
         )
-        with pytest.raises(UsageError, match="known-item cannot be had; .* set corpus.query_column"):
+        with pytest.raises(UsageError, match=r"known-item cannot be had; .* set corpus\.query_column"):
             distill(recipe, tmp_path / policy)
 
 
