@@ -57,6 +57,7 @@ from embedistill.training.loop import Schedule, train
 _HEAD_TEXTS = 1_500
 _PCA_TEXTS = 20_000
 _SPEED_TEXTS = 64
+_DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
 
@@ -85,7 +86,7 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         EmbedistillError: Something is wrong with the recipe's data, teacher or folder; it says what to do.
     """
     folder = Path(run_dir or Path("runs") / recipe.name)
-    with hold_folder(folder, dump_recipe(recipe)):
+    with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE):
         line = _Line(recipe, folder, Path(cache_dir or default_cache_dir()))
         stages = line.stages
         found = [describe_source(recipe.corpus.source), describe_tasks(line.task_names, line.data)]

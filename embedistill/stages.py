@@ -95,12 +95,13 @@ class Stages:
 
 
 @contextmanager
-def hold_folder(folder: Path, recipe: str) -> Iterator[None]:
+def hold_folder(folder: Path, recipe: str, disposable: Sequence[str] = ()) -> Iterator[None]:
     """Make a run's folder, or take up the one that this recipe began, and keep other processes out of it.
 
     Args:
         folder: The run's folder.
         recipe: The resolved recipe as YAML.
+        disposable: Stages that cost little to run again: a run that has no other may have its recipe changed.
 
     Raises:
         UsageError: It holds another recipe's run, or other files, or another process is at work in it.
@@ -116,7 +117,7 @@ def hold_folder(folder: Path, recipe: str) -> Iterator[None]:
     with lock:
         for part in folder.glob(f".*{PART}"):
             remove(part)
-        _claim(folder, recipe)
+        _claim(folder, recipe, disposable)
         yield
 
 
@@ -142,7 +143,7 @@ def describe_hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def _claim(folder: Path, recipe: str) -> None:
+def _claim(folder: Path, recipe: str, disposable: Sequence[str]) -> None:
     path = folder / RECIPE
     if not path.is_file():
         others = sorted(file.name for file in folder.iterdir() if file.name != _LOCK)
@@ -154,7 +155,7 @@ def _claim(folder: Path, recipe: str) -> None:
     there, wanted = (_flatten(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), recipe))
     changed = [key for key in sorted(there | wanted) if there.get(key) != wanted.get(key)]
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    if changed and not record.get("stages"):  # it came to nothing yet: the recipe may be mended
+    if changed and not set(record.get("stages", {})) - set(disposable):
         remove(folder / "run.json")
         write_text(path, recipe)
     elif changed:

@@ -221,6 +221,8 @@ def test_a_task_that_cannot_be_had_may_be_skipped_and_stays_so(recipe_file: Path
 def test_a_recipe_that_came_to_nothing_may_be_mended(recipe_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no column 'text'"):
         distill(load_recipe(recipe_file, "name=tiny", "corpus.text_column=text"), tmp_path / "run")
+    with pytest.raises(UsageError, match="known-item cannot be had"):
+        distill(load_recipe(recipe_file, "name=tiny", "corpus.query_column=null"), tmp_path / "run")
     mended = load_recipe(recipe_file, "name=tiny", "training.epochs=0.1", "evaluation.tasks=[agreement]", "search=null")
     assert distill(mended, tmp_path / "run").report.retention("agreement").value > 0.5
 
