@@ -32,7 +32,7 @@ def make_place(
     shipped = recipe.find_recipe("quickstart").read_text()
     tiny = re.sub(r"source: .*", f"source: {corpus_file}\n  text_column: body\n  query_column: title", shipped)
     tiny = re.sub(r"layers: 3", "layers: 2", tiny).replace("embedding_size: 384", "embedding_size: 16")
-    tiny = tiny.replace("  minutes: 3\n", "  epochs: 1\n").replace("  batch_size: 32", "  batch_size: 16")
+    tiny = tiny.replace("  minutes: 3.5\n", "  epochs: 1\n").replace("  batch_size: 32", "  batch_size: 16")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny)
     monkeypatch.setattr(recipe, "RECIPES", tmp_path / "recipes")
