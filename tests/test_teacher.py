@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -45,6 +46,17 @@ def test_other_weights_are_an_error_whatever_way_they_came(teacher_dir: Path, mp
     (tmp_path / "org--tiny").symlink_to(mpnet_dir)
     with pytest.raises(EmbedistillError, match=r"weights with sha256 .*; expected .*other or damaged weights"):
         locate("org/tiny", models_dir=tmp_path, wheel_models=know(teacher_dir))
+
+
+def test_a_snapshot_without_its_modules_is_not_taken_for_the_model(
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = shutil.copytree(teacher_dir, tmp_path / "snapshot")
+    monkeypatch.setattr(teacher.huggingface_hub, "snapshot_download", lambda *_, **__: str(partial))
+    assert locate("org/tiny", models_dir=tmp_path).way == "hub cache"
+    shutil.rmtree(partial / "1_Pooling")
+    with pytest.raises(UsageError, match="model org/tiny: not found"):
+        locate("org/tiny", models_dir=tmp_path)
 
 
 def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) -> None:
