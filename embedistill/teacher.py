@@ -67,7 +67,7 @@ def locate(
 
     Raises:
         UsageError: No way leads to such a model.
-        EmbedistillError: Its weights are not those that the table names.
+        EmbedistillError: Its weights are not those that the table names; with a `revision`, they may be others.
     """
     known = wheel_models.get(name) if revision is None else None
     unpacked = models_dir / name.replace("/", "--")
@@ -82,7 +82,7 @@ def locate(
         path = find()
         if path is not None and list_weights(path):
             found = LocatedModel(name, path.absolute(), way, sum_weights(path), sum_settings(path))
-            _verify(found, wheel_models.get(name))
+            _verify(found, known)
             note(f"Model {name}: from {way} ({found.path}), weights {found.weights_sha256[:12]}")
             return found
     tried = "not a folder with weights, not in the Hub's cache, not on the Hub" + (
