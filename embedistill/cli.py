@@ -10,6 +10,7 @@ import shutil
 import sys
 import traceback
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+cache_app = typer.Typer(help="The teachers' embeddings on disk.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a shipped recipe, or a .yaml file.")]
 Overrides = Annotated[
@@ -42,6 +45,7 @@ Overrides = Annotated[
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with sts/NAME.jsonl and retrieval/NAME/.")]
 CacheOption = Annotated[Path | None, typer.Option(help="Folder for models and teacher embeddings, shared by runs.")]
 MarginOption = Annotated[float | None, typer.Option(help="Share that may be lost, such as 0.03: adds verdicts.")]
+KeyArgument = Annotated[str, typer.Argument(help="Key of an encoding, or its beginning: embedistill cache list.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 
@@ -99,6 +103,19 @@ def run(
         _print_next_steps(loaded, finished.folder)
     if finished.report.verdict == "FAIL":
         raise typer.Exit(1)
+
+
+@app.command()
+def encode(
+    recipe: RecipeArgument, overrides: Overrides = None, cache_dir: CacheOption = None, as_json: JsonOption = False
+) -> None:
+    """Encode the whole corpus of a recipe with its teacher into the cache, however large, and stop there."""
+    loaded = load_recipe(recipe, *(overrides or []))
+    _hush()
+    from embedistill.precomputation import encode_corpus
+
+    encoded = encode_corpus(loaded, cache_dir)
+    typer.echo(json.dumps({"encoded": encoded}) if as_json else f"{encoded:,} texts encoded, the others were there")
 
 
 @app.command()
@@ -206,6 +223,118 @@ def settings_command(as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(settings, indent=2, ensure_ascii=False))
     else:
         _print_table(["setting", "default", "meaning"], [list(setting.values()) for setting in settings])
+
+
+@cache_app.command("list")
+def cache_list_command(cache_dir: CacheOption = None, as_json: JsonOption = False) -> None:
+    """List the encodings: whose, how many vectors, how large, when last used."""
+    from embedistill.cache.upkeep import list_caches
+
+    found = list_caches(_embeddings(cache_dir))
+    if as_json:
+        typer.echo(json.dumps([asdict(facts) for facts in found], indent=2, ensure_ascii=False))
+        return
+    columns = ["key", "teacher", "prompt", "rows", "dims", "kept as", "MB", "last used"]
+    rows = [
+        [
+            facts.key[:12],
+            facts.teacher,
+            facts.prompt,
+            f"{facts.rows:,}",
+            str(facts.dim),
+            facts.storage,
+            f"{facts.bytes / 1e6:,.1f}",
+            datetime.fromtimestamp(facts.last_used).astimezone().strftime("%Y-%m-%d %H:%M"),
+        ]
+        for facts in found
+    ]
+    _print_table(columns, rows)
+
+
+@cache_app.command("verify")
+def cache_verify_command(
+    key: Annotated[str, typer.Argument(help="Only encodings whose key begins so.")] = "",
+    cache_dir: CacheOption = None,
+) -> None:
+    """Read every shard and set aside those that are damaged; the next run encodes their texts again. Exit 1 if any."""
+    from embedistill.cache.upkeep import verify_caches
+
+    damaged = verify_caches(_embeddings(cache_dir), key)
+    for path in damaged:
+        typer.echo(f"damaged: {path}")
+    if damaged:
+        raise typer.Exit(1)
+    typer.echo("every shard is as it was written")
+
+
+@cache_app.command("prune")
+def cache_prune_command(
+    older_than: Annotated[str | None, typer.Option(help="Delete encodings not used for so long: 30d, 12h.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Then delete the oldest until this much is left: 20GB.")] = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Delete encodings that were not used for long, and what kills and damage left behind."""
+    from embedistill.cache.upkeep import prune_caches
+
+    age = _parse_quantity("--older-than", older_than, {"m": 60, "h": 3600, "d": 86_400, "w": 604_800})
+    size = _parse_quantity("--keep", keep, {"MB": 1e6, "GB": 1e9, "TB": 1e12})
+    for facts in prune_caches(_embeddings(cache_dir), older_than=age, keep=size):
+        typer.echo(f"deleted {facts.key[:12]}: {facts.rows:,} vectors of {facts.teacher}, {facts.bytes / 1e6:,.1f} MB")
+
+
+@cache_app.command("export")
+def cache_export_command(
+    key: KeyArgument,
+    target: Annotated[Path, typer.Argument(help="New .parquet file with the columns text and embedding.")],
+    source: Annotated[str, typer.Option(help="The texts: what corpus.source may be.")],
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    query_column: Annotated[str | None, typer.Option(help="Column of their queries, as in the recipe.")] = None,
+    cache_dir: CacheOption = None,
+) -> None:
+    """Write the vectors of some texts to one parquet file, text and embedding, as others read it."""
+    from embedistill.cache.upkeep import export_vectors, find_cache
+    from embedistill.corpus.reading import Columns, describe_source, read_corpus
+
+    if target.exists():
+        raise UsageError(str(target), "exists already", do="choose another name")
+    describe_source(source)
+    records = read_corpus(source, Columns(text_column, query_column, bad_rows="skip"))
+    texts = (text for record in records if record for text in record.texts)
+    written = export_vectors(find_cache(_embeddings(cache_dir), key), texts, target)
+    typer.echo(f"{target}: {written:,} texts with their vectors")
+
+
+@cache_app.command("import")
+def cache_import_command(
+    file: Annotated[Path, typer.Argument(help="A .parquet file with texts and vectors.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="Whose they are, a folder or model id; default: as the file says.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    embedding_column: Annotated[str, typer.Option(help="Column of the vectors.")] = "embedding",
+    cache_dir: CacheOption = None,
+) -> None:
+    """Take the vectors of a parquet file into the cache; another's are first compared with the teacher's own."""
+    _hush()
+    from embedistill.precomputation import import_embeddings
+
+    added = import_embeddings(file, teacher, cache_dir, text_column, embedding_column)
+    typer.echo(f"{added:,} vectors taken in, the others were there")
+
+
+def _embeddings(cache_dir: Path | None) -> Path:
+    from embedistill.teacher import default_cache_dir
+
+    return (cache_dir or default_cache_dir()) / "embeddings"
+
+
+def _parse_quantity(option: str, text: str | None, units: dict[str, float]) -> int | None:
+    if text is None:
+        return None
+    number, unit = text.rstrip("".join(units)), text.lstrip("0123456789. ")
+    if unit not in units or not number.strip().replace(".", "", 1).isdigit():
+        raise UsageError(option, repr(text), f"a number and one of {', '.join(units)}", "such as 30d or 20GB")
+    return round(float(number) * units[unit])
 
 
 def _hush() -> None:

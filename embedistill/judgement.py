@@ -9,6 +9,9 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
+from embedistill.encoding.cached import CachedTeacher
+from embedistill.encoding.hardware import choose_dtype
+from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.costs import ModelFacts, describe_model
@@ -16,14 +19,7 @@ from embedistill.evaluation.scoring import Encoder, Result, load_results, score_
 from embedistill.evaluation.tasks import load_tasks
 from embedistill.report.document import Report, load_report
 from embedistill.stages import list_versions
-from embedistill.teacher import (
-    CachedTeacher,
-    choose_dtype,
-    default_cache_dir,
-    encode_with_progress,
-    load,
-    locate,
-)
+from embedistill.teacher import default_cache_dir, encode_with_progress, load, locate
 
 RESAMPLES = 10_000
 SEED = 42
@@ -63,9 +59,9 @@ def evaluate(
     for role, name in names.items():
         located = locate(name, models_dir=cache / "models")
         if role == "teacher":
-            cached = CachedTeacher(located, choose_dtype("auto"), cache / "embeddings")
-            scored: SentenceTransformer = cached.model
-            encoder: Encoder = cached.vectors
+            local = LocalEncoder(located, choose_dtype("auto"))
+            scored: SentenceTransformer = local.model
+            encoder: Encoder = CachedTeacher(local, cache / "embeddings").vectors
         else:
             scored = load(located)
             encoder = partial(encode_with_progress, scored, role)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
+from embedistill.encoding.cached import CachedTeacher
+from embedistill.encoding.hardware import choose_dtype
+from embedistill.encoding.local import LocalEncoder
+from embedistill.encoding.targets import find_faults
 from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed
@@ -27,7 +35,8 @@ from embedistill.evaluation.tasks import (
     make_known_item_task,
     save_sts,
 )
-from embedistill.files import folder_bytes, remove, written_aside
+from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
+from embedistill.precomputation import encode_missing
 from embedistill.progress import note
 from embedistill.recipe import AGREEMENT, KNOWN_ITEM, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
@@ -43,12 +52,12 @@ from embedistill.student import (
     save_student,
 )
 from embedistill.teacher import (
-    CachedTeacher,
+    Kind,
     LocatedModel,
-    choose_dtype,
     default_cache_dir,
     encode,
     encode_with_progress,
+    find_prompt,
     load,
     locate,
 )
@@ -57,6 +66,9 @@ from embedistill.training.loop import Schedule, train
 _HEAD_TEXTS = 1_500
 _PCA_TEXTS = 20_000
 _SPEED_TEXTS = 64
+TARGETS = "targets.json"
+_EXAMPLES = 10
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
@@ -91,8 +103,8 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         stages = line.stages
         found = [describe_source(recipe.corpus.source), describe_tasks(line.task_names, line.data)]
         corpus = stages.run("corpus", line.read, found, ["corpus.parquet"])
-        located = line.teacher.located
-        encoded = stages.run("encode", line.encode, [corpus, located.weights_sha256, located.settings_sha256], [])
+        teacher = [line.located.weights_sha256, line.located.settings_sha256]
+        encoded = stages.run("encode", line.encode, [corpus, *teacher], [TARGETS])
         built = stages.run("student", line.build, [encoded], ["untrained"])
         trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
         scored = stages.run("evaluation", line.evaluate, [trained], ["results"])
@@ -109,11 +121,17 @@ class _Line:
         self.recipe, self.folder, self.cache_dir = recipe, folder, cache_dir
         self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
         self.stages = Stages(folder, recipe.seed)
-        located = self._locate(recipe.teacher.model, recipe.teacher.revision)
-        self.layers = check_plan(located.path, recipe.student.layers, recipe.student.embedding_size)
+        if recipe.teacher.api:
+            found = "a teacher behind an endpoint, whose weights a student cannot be cut out of"
+            do = "its embeddings can be had: embedistill encode"
+            raise UsageError("teacher.api", found, "teacher.model: a folder or a model id", do)
+        self.located = self._locate(recipe.teacher.model, recipe.teacher.revision)
+        self.layers = check_plan(self.located.path, recipe.student.layers, recipe.student.embedding_size)
         self.baselines = {name: self._locate(name) for name in recipe.evaluation.baselines}
         dtype = self._choose_dtype("teacher", recipe.teacher.dtype)
-        self.teacher = CachedTeacher(located, dtype, cache_dir / "embeddings")
+        self.teacher = CachedTeacher(
+            LocalEncoder(self.located, dtype), cache_dir / "embeddings", recipe.encoding.storage
+        )
 
     def _locate(self, name: str, revision: str | None = None) -> LocatedModel:
         return locate(name, revision, models_dir=self.cache_dir / "models")
@@ -156,8 +174,19 @@ class _Line:
         return load_corpus(self.folder / "corpus.parquet")
 
     @cached_property
-    def training_texts(self) -> list[str]:
-        return list(dict.fromkeys(text for record in self.corpus["train"] for text in record.texts))
+    def encoded_texts(self) -> dict[Kind, list[str]]:
+        """The distinct texts that the teacher encodes for training, by kind."""
+        return _texts_by_kind(self.corpus["train"])
+
+    @cached_property
+    def training_texts(self) -> dict[Kind, list[str]]:
+        """Those of them whose vectors can be trained on."""
+        dropped = read_json(self.folder / TARGETS)["dropped"]
+        return {
+            kind: [text for number, text in enumerate(texts) if number not in set_of]
+            for kind, texts in self.encoded_texts.items()
+            for set_of in [set(dropped[kind])]
+        }
 
     def read(self) -> dict[str, Any]:
         section = self.recipe.corpus
@@ -168,7 +197,7 @@ class _Line:
             size=section.select.size,
             holdout=section.holdout,
             seed=self.recipe.seed,
-            evaluation_texts={text for task in self.tasks for text in task.texts},
+            evaluation_texts={text for task in self.tasks for some in task.texts_by_kind.values() for text in some},
         )
         note(f"Corpus: {funnel}")
         save_corpus(self.folder / "corpus.parquet", splits)
@@ -176,23 +205,57 @@ class _Line:
 
     def encode(self) -> dict[str, Any]:
         self._check_tasks()
-        texts, cache, size = self.training_texts, self.teacher.cache, self.recipe.student.embedding_size
+        cache, size = self.teacher.cache("document"), self.recipe.student.embedding_size
         if size and size > cache.dim:
             raise UsageError(
                 "student.embedding_size", str(size), f"at most the {cache.dim} of the teacher's embeddings"
             )
-        check_space(self.folder, _MODEL_COPIES * folder_bytes(self.teacher.located.path))
-        check_space(self.cache_dir, 2 * cache.dim * len(texts))
-        encoded = self.teacher.encode_missing(texts)
-        teacher = {**asdict(self.teacher.located), "path": str(self.teacher.located.path)}
-        return {"teacher": teacher, "cache_key": cache.key, "texts": len(texts), "encoded": encoded}
+        n_texts = sum(len(texts) for texts in self.encoded_texts.values())
+        check_space(self.folder, _MODEL_COPIES * folder_bytes(self.located.path))
+        check_space(self.cache_dir, _BYTES[cache.storage] * cache.dim * n_texts)
+        encoded = sum(
+            encode_missing(self.recipe, self.teacher, texts, kind) for kind, texts in self.encoded_texts.items()
+        )
+        write_json(self.folder / TARGETS, self._check_targets())
+        return {
+            "teacher": {**asdict(self.located), "path": str(self.located.path)},
+            "cache_keys": {kind: self.teacher.cache(kind).key for kind in self.encoded_texts},
+            "texts": n_texts,
+            "encoded": encoded,
+        }
+
+    def _check_targets(self) -> dict[str, Any]:
+        """Count the faults of the vectors, with examples, and say which texts are not trained on."""
+        counts: Counter[str] = Counter()
+        examples: dict[str, list[str]] = {}
+        dropped: dict[Kind, list[int]] = {}
+        for kind, texts in self.encoded_texts.items():
+            faults = find_faults(self.teacher.cache(kind), texts)
+            counts.update({fault: len(numbers) for fault, numbers in faults.items()})
+            for fault, numbers in faults.items():
+                examples.setdefault(fault, []).extend(texts[number][:200] for number in numbers[:_EXAMPLES])
+            dropped[kind] = sorted({int(number) for fault in self.recipe.encoding.drop for number in faults[fault]})
+        kept = sum(len(texts) - len(dropped[kind]) for kind, texts in self.encoded_texts.items())
+        note(f"Targets: {kept:,} kept; " + ", ".join(f"{count:,} {fault}" for fault, count in counts.items()))
+        if kept < 2:
+            found = f"{kept} texts left to train on"
+            raise UsageError("encoding.drop", found, "two at the very least", f"see {self.folder / TARGETS}")
+        return {"counts": counts, "examples": examples, "rules": self.recipe.encoding.drop, "dropped": dropped}
 
     def build(self) -> dict[str, Any]:
-        texts, size = self.training_texts, self.recipe.student.embedding_size
-        vectors = self.teacher.vectors(texts[:_PCA_TEXTS])
-        projection = fit_pca(vectors, size) if size and size < self.teacher.cache.dim else None
-        targets = project(vectors[:_HEAD_TEXTS], projection)
-        student = build_student(load(self.teacher.located), self.layers, texts[:_HEAD_TEXTS], targets)
+        size = self.recipe.student.embedding_size
+        teacher = load(self.located)
+        inputs, vectors = [], []
+        share = _PCA_TEXTS / sum(len(texts) for texts in self.training_texts.values())
+        for kind, texts in self.training_texts.items():
+            some = texts[: math.ceil(share * len(texts))]
+            inputs += [find_prompt(teacher, kind) + text for text in some]
+            vectors.append(self.teacher.vectors(some, kind))
+        order = np.random.default_rng(self.recipe.seed).permutation(len(inputs))
+        found = np.concatenate(vectors)[order]
+        projection = fit_pca(found, size) if size and size < found.shape[1] else None
+        head = [inputs[number] for number in order[:_HEAD_TEXTS]]
+        student = build_student(teacher, self.layers, head, project(found[:_HEAD_TEXTS], projection))
         self._save(student, self.folder / "untrained", projection)
         return {"layers": self.layers}
 
@@ -200,8 +263,11 @@ class _Line:
         section = self.recipe.training
         student = self._load("untrained")
         projection = load_projection(self.folder / "untrained")
-        self.teacher.encode_missing(self.training_texts)  # nothing, unless the cache was pruned or is another one
-        rows = self.teacher.cache.locate(self.training_texts)
+        for kind, texts in self.training_texts.items():
+            encode_missing(
+                self.recipe, self.teacher, texts, kind
+            )  # nothing, unless the cache was pruned or is another one
+        targets = self.teacher.open_targets(self.training_texts)
         schedule = Schedule(
             **section.model_dump(exclude={"objectives", "temperature", "dtype"}),
             seed=self.recipe.seed,
@@ -209,8 +275,8 @@ class _Line:
         )
         train(
             student,
-            self.training_texts,
-            lambda batch: project(self.teacher.cache.read(rows[batch]), projection),
+            [find_prompt(student, kind) + text for kind, texts in self.training_texts.items() for text in texts],
+            lambda batch: project(targets(batch), projection),
             weights={"embedding": section.objectives.embedding, "similarity": section.objectives.similarity},
             temperature=section.temperature,
             schedule=schedule,
@@ -223,13 +289,13 @@ class _Line:
     def evaluate(self) -> dict[str, Any]:
         tasks = self._all_tasks()
         projection = load_projection(self.folder / "model")
-        names = {"teacher": self.teacher.located.name}
+        names = {"teacher": self.located.name}
         names |= {"student": str(self.folder / "model"), "untrained": str(self.folder / "untrained")}
         score = partial(score_model, tasks, teacher=self.teacher.vectors, versions=list_versions())
         same, mapped = (lambda vectors: vectors), partial(project, projection=projection)
-        results = score(self.teacher.vectors, role="teacher", model=self.teacher.located.name, teacher_space=same)
+        results = score(self.teacher.vectors, role="teacher", model=self.located.name, teacher_space=same)
         models = {
-            "teacher": load(self.teacher.located),
+            "teacher": load(self.located),
             "student": self._load("model"),
             "untrained": self._load("untrained"),
         }
@@ -246,7 +312,7 @@ class _Line:
         texts = [record.document for record in self.corpus["holdout"][:_SPEED_TEXTS]]
         speeds = measure_speed({role: partial(encode, model) for role, model in models.items()}, texts)
         folders = {
-            "teacher": self.teacher.located.path,
+            "teacher": self.located.path,
             "student": self.folder / "model",
             "untrained": self.folder / "untrained",
         }
@@ -299,10 +365,20 @@ class _Line:
 
     def _save(self, student: SentenceTransformer, folder: Path, projection: Embeddings | None) -> None:
         space = {
-            "teacher": self.teacher.located.name,
-            "weights_sha256": self.teacher.located.weights_sha256,
+            "teacher": self.located.name,
+            "weights_sha256": self.located.weights_sha256,
             "layers": self.layers,
         }
         with written_aside(folder) as part:
             part.mkdir()
             save_student(student, part, projection, space)
+
+
+def _texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:
+    """Return the distinct texts of records by what they are; kinds that have none are left out."""
+    texts: dict[Kind, dict[str, None]] = {"document": {}, "query": {}}
+    for record in records:
+        texts["document"][record.document] = None
+        if record.query:
+            texts["query"][record.query] = None
+    return {kind: list(some) for kind, some in texts.items() if some}

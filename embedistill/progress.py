@@ -18,15 +18,15 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a bar with rate and time left; yields a function that takes how many more are done.
 
-    Where stderr is no terminal, one line is said at the end instead.
+    Where stderr is no terminal, one line is said at the end instead. A total of None is one that is not known.
     """
     columns = [
         TextColumn("{task.description:<22}"),
         BarColumn(24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.completed:,.0f}" + ("/{task.total:,.0f}" if total is not None else "")),
     ]
     with Progress(*columns, _Rate(unit), TimeElapsedColumn(), TimeRemainingColumn(), console=_console) as bar:
         task = bar.add_task(label, total=total)

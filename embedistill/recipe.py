@@ -31,6 +31,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Storage = Literal["float32", "float16", "bfloat16", "int8"]
+Fault = Literal["not-finite", "zero-norm", "cut", "equal", "outlier"]
 
 
 class _Section(BaseModel):
@@ -42,9 +44,40 @@ class TeacherSection(_Section):
 
     model: str = Field(description="A folder, or a model id such as sentence-transformers/all-mpnet-base-v2.")
     revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
+    api: str | None = Field(
+        None,
+        description="Address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1, that has the model.",
+    )
+    api_key_variable: str = Field("OPENAI_API_KEY", description="Environment variable with the endpoint's key.")
     dtype: Dtype = Field(
         "auto", description="float32, bfloat16, or auto: bfloat16 where its matrix products are measured faster."
     )
+
+
+class EncodingSection(_Section):
+    """How the teacher's embeddings are made, kept, and judged."""
+
+    storage: Storage = Field("float16", description="Number format in the cache: float32, float16, bfloat16 or int8.")
+    drop: list[Fault] = Field(
+        ["not-finite", "zero-norm"],
+        description="Faults of a vector that keep its text from training: not-finite, zero-norm, cut (its text was "
+        "longer than the teacher sees), equal (another text has the same vector), outlier (its neighbours are far). "
+        "All are counted and reported.",
+    )
+    engine: Literal["local", "ray"] = Field("local", description="local, or ray: a Ray cluster encodes.")
+    workers: Count = Field(1, description="Workers of the Ray cluster.")
+    cores: Count = Field(1, description="Cores of a Ray worker.")
+    store: str | None = Field(
+        None,
+        description="Where Ray workers keep the cache: s3://..., or a folder all see; default: the cache's folder.",
+    )
+
+    @field_validator("drop")
+    @classmethod
+    def _drops_what_cannot_be_trained_on(cls, drop: list[Fault]) -> list[Fault]:
+        if not {"not-finite", "zero-norm"} <= set(drop):
+            raise ValueError("not-finite and zero-norm among them: such a vector cannot be trained on")
+        return drop
 
 
 class SelectSection(_Section):
@@ -152,6 +185,7 @@ class Recipe(_Section):
     teacher: TeacherSection
     corpus: CorpusSection
     student: StudentSection
+    encoding: EncodingSection = EncodingSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     search: SearchSection | None = Field(None, description="Build a FAISS index of the corpus and answer a question.")
@@ -393,7 +427,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     if data is not None:
         data = str(Path(data).expanduser().absolute())
     model, *baselines = (
-        str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
+        str(Path(name).expanduser().absolute())
+        if Path(name).expanduser().is_dir() and not (recipe.teacher.api and name == recipe.teacher.model)
+        else name
         for name in (recipe.teacher.model, *recipe.evaluation.baselines)
     )
     return recipe.model_copy(

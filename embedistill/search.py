@@ -47,7 +47,7 @@ def build_index(
     with progress_bar("Indexing", len(texts), "texts") as advance:
         for start in range(0, len(texts), _CHUNK):
             chunk = texts[start : start + _CHUNK]
-            index.add(encode(model, chunk))
+            index.add(encode(model, chunk, "document"))
             advance(len(chunk))
     with written_aside(folder) as part:
         part.mkdir()
@@ -77,7 +77,7 @@ def search_index(folder: Path, questions: Sequence[str], results: int = 5) -> li
         raise UsageError(str(model_dir), "no model", f"the model that {folder} was made with", "move them together")
     model = SentenceTransformer(str(model_dir), local_files_only=True)
     index = faiss.read_index(str(folder / "index.faiss"))
-    scores, numbers = index.search(encode(model, questions), min(results, index.ntotal))
+    scores, numbers = index.search(encode(model, questions, "query"), min(results, index.ntotal))
     rows = pq.read_table(folder / "texts.parquet").take(np.unique(numbers)).to_pylist()
     texts = dict(zip(np.unique(numbers).tolist(), rows, strict=True))
     return [

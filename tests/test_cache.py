@@ -1,36 +1,90 @@
 import hashlib
 import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from embedistill import cache as cache_module
-from embedistill.cache import EmbeddingCache
-from embedistill.errors import EmbedistillError
+from embedistill.cache import store
+from embedistill.cache.shards import Encoded
+from embedistill.cache.store import EmbeddingCache
+from embedistill.cache.upkeep import (
+    export_vectors,
+    find_cache,
+    import_vectors,
+    list_caches,
+    prune_caches,
+    read_encoding,
+    verify_caches,
+)
+from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import PART, remove, write_json, written_aside
 
-ENCODING = {"teacher": "t", "dim": 4}
+ENCODING = {"teacher": "t", "dim": 4, "storage_dtype": "float16"}
 
 
-def vectors(n: int) -> np.ndarray:
-    return np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32)
+def encoded(n: int, seed: int = 0) -> Encoded:
+    return Encoded.of(np.random.default_rng([n, seed]).normal(size=(n, 4)).astype(np.float32))
+
+
+def shard_files(cache: EmbeddingCache) -> list[Path]:
+    return sorted(cache.folder.glob("*.arrow"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def test_vectors_are_found_by_text_in_any_order_and_by_another_process(tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path, ENCODING)
-    first, second = vectors(3), vectors(2)
+    first, second = encoded(3), encoded(2)
     cache.add(["a", "b", "c"], first)
     cache.add(["d", "e"], second)
     for opened in (cache, EmbeddingCache(tmp_path, ENCODING)):
         assert len(opened) == 5
         assert opened.missing(["e", "x", "a", "x"]) == ["x"]
-        np.testing.assert_allclose(opened.lookup(["e", "a", "e"]), [second[1], first[0], second[1]], atol=1e-3)
+        expected = [second.vectors[1], first.vectors[0], second.vectors[1]]
+        np.testing.assert_allclose(opened.lookup(["e", "a", "e"]), expected, atol=1e-3)
+    assert cache.lookup([]).shape == (0, 4)
+
+
+def test_a_vector_of_any_length_is_kept_as_a_unit_vector_with_its_length() -> None:
+    made = Encoded.of(np.array([[3, 4], [0, 0], [np.nan, 1]], np.float32))
+    np.testing.assert_allclose(made.vectors[:2], [[0.6, 0.8], [0, 0]], atol=1e-7)
+    np.testing.assert_array_equal(made.norms, np.array([5, 0, np.nan], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("storage", "bytes_a_number", "worst"),
+    [("float32", 4, 1e-7), ("float16", 2, 2**-11), ("bfloat16", 2, 2**-8), ("int8", 1, 1 / 127)],
+)
+def test_every_number_format_keeps_vectors_to_its_precision(
+    tmp_path: Path, storage: str, bytes_a_number: int, worst: float
+) -> None:
+    cache = EmbeddingCache(tmp_path, {**ENCODING, "dim": 64, "storage_dtype": storage})
+    raw = np.random.default_rng(1).normal(size=(500, 64)).astype(np.float32)
+    raw[7, 3] = np.nan
+    made = Encoded.of(raw)
+    cache.add([str(number) for number in range(500)], made)
+    kept = EmbeddingCache(tmp_path, {**ENCODING, "dim": 64, "storage_dtype": storage}).lookup(
+        [str(n) for n in range(500)]
+    )
+    usable = np.delete(np.arange(500), 7)
+    assert np.abs(kept[usable] - made.vectors[usable]).max() <= worst * np.abs(made.vectors[usable]).max()
+    cosines = (kept[usable] * made.vectors[usable]).sum(1) / np.linalg.norm(kept[usable], axis=1)
+    assert cache.worst_cosine() == pytest.approx(cosines.min(), abs=1e-6)
+    assert np.isnan(cache.read_facts(cache.locate(["7"]))[0]).all()
+    overhead = shard_files(cache)[0].stat().st_size - 500 * (64 * bytes_a_number + 32 + 4 + 4)
+    assert 0 < overhead < 5_000
 
 
 def test_another_encoding_shares_nothing(tmp_path: Path) -> None:
-    EmbeddingCache(tmp_path, ENCODING).add(["a"], vectors(1))
-    assert EmbeddingCache(tmp_path, {**ENCODING, "teacher": "u"}).missing(["a"]) == ["a"]
+    EmbeddingCache(tmp_path, ENCODING).add(["a"], encoded(1))
+    for change in ({"teacher": "u"}, {"storage_dtype": "float32"}, {"prompt": "query: "}):
+        assert EmbeddingCache(tmp_path, {**ENCODING, **change}).missing(["a"]) == ["a"]
 
 
 def test_a_text_without_vector_is_an_error(tmp_path: Path) -> None:
@@ -40,52 +94,220 @@ def test_a_text_without_vector_is_an_error(tmp_path: Path) -> None:
 
 def test_what_was_not_finished_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = EmbeddingCache(tmp_path, ENCODING)
-    cache.add(["a"], vectors(1))
+    cache.add(["a"], encoded(1))
 
-    def fail(path: Path, content: object) -> None:
+    def fail(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(cache_module, "write_json", fail)
+    monkeypatch.setattr("embedistill.files._sync", fail)
     with pytest.raises(OSError, match="No space"):
-        cache.add(["b"], vectors(1))
+        cache.add(["b"], encoded(1, 1))
     monkeypatch.undo()
     again = EmbeddingCache(tmp_path, ENCODING)
     assert again.missing(["a", "b"]) == ["b"]
-    again.add(["b"], vectors(1))
+    again.add(["b"], encoded(1, 1))
     assert len(EmbeddingCache(tmp_path, ENCODING)) == 2
 
 
-def test_the_files_can_be_read_with_numpy_and_json_alone(tmp_path: Path) -> None:
+def test_the_files_can_be_read_with_pyarrow_and_json_alone(tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path, ENCODING)
-    cache.add(["a", "b"], vectors(2))
-    folder = tmp_path / cache.key
-    assert json.loads((folder / "manifest.json").read_text()) == ENCODING
-    stored = np.load(next(folder.glob("*.vectors.npy")), allow_pickle=False)
-    hashes = np.load(next(folder.glob("*.texts.npy")), allow_pickle=False)
-    assert (stored.dtype, stored.shape) == (np.float16, (2, 4))
-    assert hashes[1].tobytes() == hashlib.sha256(b"b").digest()
+    made = Encoded.of(np.eye(2, 4, dtype=np.float32) * 3, np.array([5, 6], np.int32), np.array([False, True]))
+    cache.add(["a", "b"], made)
+    assert json.loads((cache.folder / "manifest.json").read_text()) == ENCODING
+    [path] = shard_files(cache)
+    table = pa.ipc.open_file(str(path)).read_all().to_pydict()
+    assert table == {
+        "text": [hashlib.sha256(text).digest() for text in (b"a", b"b")],
+        "vector": [[1, 0, 0, 0], [0, 1, 0, 0]],
+        "norm": [3, 3],
+        "tokens": [5, 6],
+        "cut": [False, True],
+    }
+    assert path.stem == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("damage", ["shape", "cut", "gone"])
-def test_a_damaged_shard_is_forgotten_and_encoded_again(
-    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_damaged_shard_is_set_aside_and_encoded_again(
+    tmp_path: Path, damage: str, indexed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(store, "_RECENT_ROWS", 0 if indexed else 99)
     cache = EmbeddingCache(tmp_path, ENCODING)
-    cache.add(["a", "b"], vectors(2))
-    cache.add(["c"], vectors(1))
-    shard = max((tmp_path / cache.key).glob("*.vectors.npy"), key=lambda path: path.stat().st_size)
+    cache.add(["a", "b"], encoded(2))
+    cache.add(["c"], encoded(1))
+    assert (cache.folder / "index").exists() == indexed
+    shard = shard_files(cache)[0]
     match damage:
-        case "shape":
-            np.save(shard, np.zeros((1, 4), np.float16))
         case "cut":
             shard.write_bytes(shard.read_bytes()[:-3])
         case "gone":
             shard.unlink()
+        case "other":
+            shard.write_bytes(b"no shard at all")
     again = EmbeddingCache(tmp_path, ENCODING)
     assert again.missing(["a", "b", "c"]) == ["a", "b"]
-    assert "is damaged; its 2 texts are encoded again" in capsys.readouterr().err
-    again.add(["a", "b"], vectors(2))
-    assert len(EmbeddingCache(tmp_path, ENCODING)) == 3
+    assert ("is damaged" in capsys.readouterr().err) == (damage != "gone")
+    again.add(["a", "b"], encoded(2))
+    np.testing.assert_allclose(
+        EmbeddingCache(tmp_path, ENCODING).lookup(["b", "c"]), [encoded(2).vectors[1], encoded(1).vectors[0]], atol=1e-3
+    )
+
+
+def test_verify_finds_a_flipped_byte_names_the_shard_and_only_its_texts_are_missing(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path, ENCODING)
+    cache.add(["a", "b"], encoded(2))
+    cache.add(["c"], encoded(1))
+    assert verify_caches(tmp_path) == []
+    shard = shard_files(cache)[0]
+    content = bytearray(shard.read_bytes())
+    content[content.index(encoded(2).vectors.astype(np.float16).tobytes())] ^= 1
+    shard.write_bytes(content)
+    assert verify_caches(tmp_path, "0123456789") == []  # a key that no encoding has
+    assert verify_caches(tmp_path) == [shard]
+    assert shard.with_suffix(".damaged").read_bytes() == content
+    assert EmbeddingCache(tmp_path, ENCODING).missing(["a", "b", "c"]) == ["a", "b"]
+    assert verify_caches(tmp_path) == []
+
+
+@pytest.mark.parametrize("state", ["whole", "gone", "cut", "of fewer shards"])
+def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_RECENT_ROWS", 4)
+    cache = EmbeddingCache(tmp_path, ENCODING)
+    made = {}
+    for number in range(12):
+        texts = [f"{number}-{i}" for i in range(5)]
+        cache.add(texts, encoded(5, number))
+        made |= dict(zip(texts, encoded(5, number).vectors, strict=True))
+        if number == 5:
+            early = (cache.folder / "index").read_bytes()
+    index = cache.folder / "index"
+    match state:
+        case "gone":
+            index.unlink()
+        case "cut":
+            index.write_bytes(index.read_bytes()[:-9])
+        case "of fewer shards":
+            index.write_bytes(early)
+    opened = EmbeddingCache(tmp_path, ENCODING)
+    assert len(opened) == 60
+    texts = sorted(made)[::-1]
+    np.testing.assert_allclose(opened.lookup(texts), [made[text] for text in texts], atol=1e-3)
+    assert opened.missing([*texts, "x"]) == ["x"]
+
+
+def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_OPEN_SHARDS", 3)
+    cache = EmbeddingCache(tmp_path, ENCODING)
+    for number in range(10):
+        cache.add([str(number)], encoded(1, number))
+    expected = [encoded(1, number).vectors[0] for number in range(10)]
+    np.testing.assert_allclose(cache.lookup([str(number) for number in range(10)]), expected, atol=1e-3)
+    assert len(cache._open) == 3
+
+
+def _write(root: Path, first: int) -> None:
+    cache = EmbeddingCache(root, ENCODING)
+    for number in range(first, first + 20):
+        cache.add([str(number), f"{number} too"], encoded(2, number))
+
+
+def test_two_writers_and_a_reader_at_the_same_time(tmp_path: Path) -> None:
+    reader = EmbeddingCache(tmp_path, ENCODING)
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(tmp_path, first)) for first in (0, 10)]  # ten texts in common
+    for writer in writers:
+        writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        reader.refresh()
+        found = [str(number) for number in range(30) if not reader.missing([str(number)])]
+        assert len(found) >= seen
+        seen = len(found)
+        np.testing.assert_allclose(
+            reader.lookup(found), np.reshape([encoded(2, int(n)).vectors[0] for n in found], (-1, 4)), atol=1e-3
+        )
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    final = EmbeddingCache(tmp_path, ENCODING)
+    assert final.missing([f"{number}{tail}" for number in range(30) for tail in ("", " too")]) == []
+    assert verify_caches(tmp_path) == []
+
+
+def test_a_second_process_that_would_encode_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = EmbeddingCache(tmp_path, ENCODING)
+    code = (
+        "import sys, time; from pathlib import Path; from embedistill.cache.store import EmbeddingCache\n"
+        f"cache = EmbeddingCache(Path({str(tmp_path)!r}), {ENCODING!r})\n"
+        "with cache.writing():\n    print('held', flush=True); time.sleep(0.5)\n"
+        "    import numpy as np; from embedistill.cache.shards import Encoded\n"
+        "    cache.add(['a'], Encoded.of(np.ones((1, 4), np.float32)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with cache.writing():
+            assert cache.missing(["a"]) == []  # the other was waited for, and what it wrote is known
+    assert "another process is encoding into it; waiting for it to end" in capsys.readouterr().err
+
+
+def test_encodings_are_listed_found_and_pruned(tmp_path: Path) -> None:
+    old, new = (EmbeddingCache(tmp_path, {**ENCODING, "teacher": name}) for name in ("old", "new"))
+    old.add(["a", "b"], encoded(2))
+    new.add(["a"], encoded(1))
+    long_ago = time.time() - 40 * 86_400
+    os.utime(old.folder / "manifest.json", (long_ago, long_ago))
+    facts = list_caches(tmp_path)
+    assert [(found.teacher, found.rows, found.dim, found.storage) for found in facts] == [
+        ("new", 1, 4, "float16"),
+        ("old", 2, 4, "float16"),
+    ]
+    assert facts[1].bytes == sum(file.stat().st_size for file in old.folder.iterdir())
+    assert find_cache(tmp_path, new.key[:8]).key == new.key
+    os.utime(old.folder / "manifest.json", (long_ago, long_ago))
+    with pytest.raises(UsageError, match=r"cache 'xyz' in .*: 0 of that key; expected one of"):
+        find_cache(tmp_path, "xyz")
+    (new.folder / f".x{PART}").write_text("left by a kill")
+    os.utime(new.folder / f".x{PART}", (long_ago, long_ago))
+    with old.writing():
+        assert prune_caches(tmp_path, older_than=30 * 86_400) == []  # a process is at work in it
+    os.utime(old.folder / "manifest.json", (long_ago, long_ago))
+    assert [found.teacher for found in prune_caches(tmp_path, older_than=30 * 86_400)] == ["old"]
+    assert not (new.folder / f".x{PART}").exists()
+    assert [found.teacher for found in list_caches(tmp_path)] == ["new"]
+    assert prune_caches(tmp_path, keep=10**9) == []
+    assert [found.teacher for found in prune_caches(tmp_path, keep=10)] == ["new"]
+    assert list_caches(tmp_path) == []
+
+
+def test_vectors_go_out_to_parquet_and_come_back(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "one", ENCODING)
+    cache.add(["a", "b", "c"], encoded(3))
+    target = tmp_path / "out.parquet"
+    assert export_vectors(cache, ["c", "x", "a", "c"], target) == 2
+    table = pq.read_table(target)
+    assert table.column_names == ["text", "embedding"]
+    assert table["text"].to_pylist() == ["c", "a"]
+    np.testing.assert_allclose(table["embedding"].to_pylist(), encoded(3).vectors[[2, 0]], atol=1e-3)
+    assert read_encoding(target) == ENCODING
+    other = EmbeddingCache(tmp_path / "two", ENCODING)
+    assert import_vectors(other, target) == 2
+    assert import_vectors(other, target) == 0
+    np.testing.assert_allclose(other.lookup(["a", "c"]), encoded(3).vectors[[0, 2]], atol=1e-3)
+
+
+def test_a_file_that_cannot_be_taken_in_says_why(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path / "one", ENCODING)
+    cases = {
+        "expected a parquet file": None,
+        "no column 'embedding'; expected one of: text, vector": {"text": ["a"], "vector": [[1.0]]},
+        "rows of different lengths": {"text": ["a", "b"], "embedding": [[1.0, 2.0], [1.0]]},
+        "embedding has 2 dimensions; expected 4": {"text": ["a"], "embedding": [[1.0, 2.0]]},
+    }
+    for message, columns in cases.items():
+        path = tmp_path / "in.parquet"
+        path.write_text("x") if columns is None else pq.write_table(pa.table(columns), path)
+        with pytest.raises(UsageError, match=message):
+            import_vectors(cache, path)
+    assert len(cache) == 0
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 from embedistill import cli
 from embedistill.recipe import list_recipes
 
-COMMANDS = ["run", "validate", "evaluate", "compare", "report", "search", "recipes"]
+COMMANDS = ["run", "encode", "validate", "evaluate", "compare", "report", "search", "recipes", "cache"]
 RECIPE_COMMANDS = ["list", "show", "copy", "settings"]
+CACHE_COMMANDS = ["list", "verify", "prune", "export", "import"]
 
 
 def call(
@@ -28,7 +30,13 @@ def call(
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([name] for name in COMMANDS), *(["recipes", name] for name in RECIPE_COMMANDS)]
+    "command",
+    [
+        [],
+        *([name] for name in COMMANDS),
+        *(["recipes", name] for name in RECIPE_COMMANDS),
+        *(["cache", name] for name in CACHE_COMMANDS),
+    ],
 )
 def test_help(command: list[str]) -> None:
     result = CliRunner().invoke(cli.app, [*command, "--help"])
@@ -40,6 +48,7 @@ def test_every_command_is_listed_here() -> None:
     group = typer.main.get_command(cli.app)
     assert sorted(group.commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
     assert sorted(group.commands["recipes"].commands) == sorted(RECIPE_COMMANDS)  # type: ignore[attr-defined]
+    assert sorted(group.commands["cache"].commands) == sorted(CACHE_COMMANDS)  # type: ignore[attr-defined]
 
 
 def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -66,6 +75,12 @@ def test_wrong_use_is_one_message_and_exit_code_2(
         (("evaluate", "nowhere", "--task", "STS12", "--data", "nowhere"), "no such folder"),
         (("evaluate", "m", "--task", "STS12", "--margin", "0.1"), "margin: no teacher to keep anything of"),
         (("run", "quickstart", "seed"), "override 'seed': no value"),
+        (("run", "quickstart", "teacher.api=http://127.0.0.1:9/v1"), "teacher.api: a teacher behind an endpoint"),
+        (("encode", "quickstart", "encoding.drop=[]"), "not-finite and zero-norm among them"),
+        (("cache", "prune", "--older-than", "soon"), "--older-than: 'soon'; expected a number and one of m, h, d, w"),
+        (("cache", "prune", "--keep", "20"), "--keep: '20'; expected a number and one of MB, GB, TB"),
+        (("cache", "export", "0", "out.parquet", "--source", "nowhere.txt"), "no such file"),
+        (("cache", "import", "nowhere.parquet"), "nowhere.parquet: no such file"),
     ]
     for arguments, message in cases:
         code, out, err = call(monkeypatch, capsys, *arguments)
@@ -149,3 +164,53 @@ def test_a_folder_without_write_permission(recipe_file: Path, tmp_path: Path) ->
     assert done.returncode in {1, 2}
     assert done.stderr.splitlines()[-1].startswith(f"Error: {blocked}")
     assert "Traceback" not in done.stderr
+
+
+def test_a_corpus_is_encoded_and_its_cache_looked_after(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe_file: Path,
+    corpus_file: Path,
+    teacher_dir: Path,
+    mpnet_dir: Path,
+    tmp_path: Path,
+) -> None:
+    def run(*arguments: object, cache: str = "cache") -> tuple[int, str]:
+        return call(monkeypatch, capsys, *arguments, "--cache-dir", tmp_path / cache)[:2]
+
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    n_texts = len({row["body"] for row in rows} | {row["title"] for row in rows})
+    assert json.loads(run("encode", recipe_file, "--json")[1]) == {"encoded": n_texts}
+    assert run("encode", recipe_file)[1] == "0 texts encoded, the others were there\n"
+    [facts] = json.loads(run("cache", "list", "--json")[1])
+    assert (facts["teacher"], facts["rows"], facts["dim"]) == (str(teacher_dir), n_texts, 32)
+    assert facts["key"][:12] in run("cache", "list")[1]
+
+    export = ("cache", "export", facts["key"][:9], "out.parquet", "--source", corpus_file)
+    export += ("--text-column", "body", "--query-column", "title")
+    assert run(*export) == (0, f"out.parquet: {n_texts} texts with their vectors\n")
+    assert call(monkeypatch, capsys, *export)[0] == 2
+    taken = f"{n_texts} vectors taken in, the others were there\n"
+    assert run("cache", "import", "out.parquet", cache="other") == (0, taken)
+    [copied] = json.loads(run("cache", "list", "--json", cache="other")[1])
+    assert (copied["key"], copied["rows"]) == (facts["key"], n_texts)
+    foreign = pq.read_table("out.parquet").replace_schema_metadata(None)
+    pq.write_table(foreign, "foreign.parquet")
+    assert "give --teacher" in call(monkeypatch, capsys, "cache", "import", "foreign.parquet")[2]
+    wrong = call(monkeypatch, capsys, "cache", "import", "foreign.parquet", "--teacher", mpnet_dir)
+    assert wrong[0] == 2
+    assert "'s own; expected above 0.99" in wrong[2]
+    assert run("cache", "import", "foreign.parquet", "--teacher", teacher_dir, cache="third") == (0, taken)
+
+    assert run("cache", "verify") == (0, "every shard is as it was written\n")
+    shards = (tmp_path / "cache" / "embeddings" / facts["key"]).glob("*.arrow")  # of documents, of queries
+    shard = max(shards, key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run("cache", "verify", facts["key"][:6]) == (1, f"damaged: {shard}\n")
+    assert json.loads(run("encode", recipe_file, "--json")[1]) == {"encoded": 160}
+    assert run("cache", "prune", "--older-than", "1d", "--keep", "20GB") == (0, "")
+    code, out = run("cache", "prune", "--keep", "0.0MB")
+    assert code == 0
+    assert out.startswith(f"deleted {facts['key'][:12]}: {n_texts} vectors of {teacher_dir}")

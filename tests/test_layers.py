@@ -14,12 +14,14 @@ ORDER = [
     "wheels",
     "cache",
     "teacher",
+    "encoding",
     "student",
     "training",
     "evaluation",
     "report",
     "search",
     "stages",
+    "precomputation",
     "judgement",
     "pipeline",
     "cli",
@@ -48,4 +50,4 @@ def test_only_the_pipeline_and_the_command_line_know_a_recipe() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "embedistill.recipe"
     }
-    assert knowing - {"__init__"} == {"pipeline", "cli"}
+    assert knowing - {"__init__"} == {"precomputation", "pipeline", "cli"}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from embedistill import compare, distill, evaluate, load_recipe, pipeline, stages, teacher
+from embedistill import compare, distill, evaluate, load_recipe, pipeline, stages
+from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
 from embedistill.evaluation.tasks import load_task
 from embedistill.report.document import load_report
@@ -45,7 +46,8 @@ pipeline.distill(load_recipe(sys.argv[1]), "run", "cache")
 
 KILLS = [
     ("embedistill.corpus.records:pq.write_table", 1),
-    ("embedistill.cache:write_json", 2),
+    ("embedistill.cache.shards:written_aside", 1),
+    ("embedistill.pipeline:find_faults", 1),
     ("embedistill.student:np.save", 1),
     ("embedistill.training.objectives:DistillationLoss.forward", 14),
     ("embedistill.pipeline:save_result", 3),
@@ -115,7 +117,7 @@ def test_a_run_holds_what_it_should(finished: Path, teacher_dir: Path) -> None:
     run = finished / "run"
     assert {path.name for path in run.iterdir()} - {".lock"} == {
         *("recipe.yaml", "run.json", "corpus.parquet", "untrained", "model", "training_log.jsonl", "results"),
-        *("report.json", "report.html", "index"),
+        *("report.json", "report.html", "index", "targets.json"),
     }
     record = json.loads((run / "run.json").read_text())
     assert list(record["stages"]) == ["corpus", "encode", "student", "training", "evaluation", "report", "index"]
@@ -183,7 +185,7 @@ def test_no_disk_space_is_said_before_anything_is_encoded(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(LocalEncoder, "run", lambda *_, **__: pytest.fail("encoded"))
     with pytest.raises(UsageError, match=r"0\.0 GB free; expected .* GB; free some space"):
         distill(load_recipe(recipe_file), tmp_path / "run")
 
@@ -191,7 +193,7 @@ def test_no_disk_space_is_said_before_anything_is_encoded(
 def test_what_cannot_be_is_said_before_anything_is_encoded(
     recipe_file: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(LocalEncoder, "run", lambda *_, **__: pytest.fail("encoded"))
     cases = {
         ("student.layers=9",): "student.layers: 9; expected at most the teacher's 4",
         ("evaluation.tasks=[STS99]", f"evaluation.data={data_dir}"): "STS99: not in",
@@ -230,7 +232,7 @@ def test_a_recipe_that_came_to_nothing_may_be_mended(recipe_file: Path, tmp_path
 def test_tasks_that_cannot_be_made_of_the_corpus_are_said_before_anything_is_encoded(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded"))
+    monkeypatch.setattr(LocalEncoder, "run", lambda *_, **__: pytest.fail("encoded"))
     for policy in ("error", "skip"):
         recipe = load_recipe(
             recipe_file, "corpus.query_column=null", "evaluation.tasks=[known-item]", f"evaluation.missing={policy}"

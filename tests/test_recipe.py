@@ -114,7 +114,7 @@ def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
         "override 'seed=x': seed: 'x'; expected a valid integer",
         (
             "override 'traning.minutes=3': traning: unknown key; expected one of: name, seed, teacher, corpus, "
-            "student, training, evaluation, search; did you mean training?"
+            "student, encoding, training, evaluation, search; did you mean training?"
         ),
     ]
 

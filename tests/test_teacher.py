@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from embedistill import hub, teacher, wheels
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import sha256_file
-from embedistill.teacher import CachedTeacher, choose_dtype, describe_encoding, encode, load, locate
+from embedistill.teacher import encode, load, locate
 from embedistill.wheels import WheelModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -167,52 +166,6 @@ def test_vectors_are_unit_and_as_the_library_makes_them(
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(vectors, model.encode(sentences[:50]), atol=1e-6)
-
-
-def test_every_text_is_encoded_once(
-    teacher_dir: Path, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    located = locate(str(teacher_dir), models_dir=tmp_path)
-    cached = CachedTeacher(located, torch.float32, tmp_path)
-    assert cached.encode_missing(sentences[:60] + sentences[:10]) == 60
-    grown = CachedTeacher(located, torch.float32, tmp_path)
-    assert grown.encode_missing(sentences[:70]) == 10
-    monkeypatch.setattr(teacher, "encode", lambda *_, **__: pytest.fail("encoded again"))
-    vectors = CachedTeacher(located, torch.float32, tmp_path).vectors(sentences[:70][::-1])
-    np.testing.assert_allclose(vectors, load(located).encode(sentences[:70])[::-1], atol=1e-3)
-
-
-def test_everything_that_changes_a_vector_is_in_the_key(teacher_dir: Path, mpnet_dir: Path, tmp_path: Path) -> None:
-    located = locate(str(teacher_dir), models_dir=tmp_path)
-    model = load(located)
-    seen = [describe_encoding(located, model, torch.float32), describe_encoding(located, model, torch.bfloat16)]
-    model.max_seq_length = 7
-    seen.append(describe_encoding(located, model, torch.float32))
-    model.prompts, model.default_prompt_name = {"query": "query: "}, "query"
-    seen.append(describe_encoding(located, model, torch.float32))
-    model[1].set_pooling_mode("cls") if hasattr(model[1], "set_pooling_mode") else setattr(
-        model[1], "pooling_mode", "cls"
-    )
-    seen.append(describe_encoding(located, model, torch.float32))
-    other = locate(str(mpnet_dir), models_dir=tmp_path)
-    seen.append(describe_encoding(other, load(other), torch.float32))
-    assert len({json.dumps(encoding, sort_keys=True) for encoding in seen}) == len(seen)
-
-
-def test_a_teacher_that_returns_nan_is_stopped(
-    teacher_dir: Path, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(teacher, "encode", lambda model, texts, unit: np.full((len(texts), 32), np.nan, np.float32))
-    cached = CachedTeacher(locate(str(teacher_dir), models_dir=tmp_path), torch.float32, tmp_path)
-    with pytest.raises(EmbedistillError, match=r"a vector that is not finite .*set teacher\.dtype=float32"):
-        cached.encode_missing(sentences[:5])
-    assert len(cached.cache) == 0
-
-
-def test_the_number_format_is_measured_or_as_wanted() -> None:
-    assert choose_dtype("float32") == torch.float32
-    assert choose_dtype("bfloat16") == torch.bfloat16
-    assert choose_dtype("auto", size=64) in {torch.float32, torch.bfloat16}
 
 
 def test_the_wheel_table_is_the_default() -> None:

@@ -21,13 +21,14 @@ from embedistill.evaluation.metrics import (
 )
 from embedistill.evaluation.tasks import AgreementTask, RetrievalTask, StsTask, Task
 from embedistill.files import fingerprint, read_json, write_json
+from embedistill.teacher import Kind
 
 SCHEMA_VERSION = 1
 NEIGHBOURS = 10
 
 Embeddings = npt.NDArray[np.float32]
-Encoder = Callable[[Sequence[str]], Embeddings]
-"""From texts to unit vectors (n_texts, dim)."""
+Encoder = Callable[[Sequence[str], Kind], Embeddings]
+"""From texts of a kind to unit vectors (n_texts, dim)."""
 
 
 @dataclass(frozen=True)
@@ -68,28 +69,32 @@ def score_model(
         teacher_space: Maps the teacher's vectors into the model's space; without it no cosine to the teacher is taken.
         versions: Of the software, for the record.
     """
-    texts = list(dict.fromkeys(text for task in tasks for text in task.texts))
-    rows = {text: row for row, text in enumerate(texts)}
-    vectors = encode(texts)
+    texts: dict[Kind, dict[str, int]] = {}
+    for task in tasks:
+        for kind, some in task.texts_by_kind.items():
+            rows = texts.setdefault(kind, {})
+            for text in some:
+                rows.setdefault(text, len(rows))
+    vectors = {kind: encode(list(rows), kind) for kind, rows in texts.items()}
 
-    def lookup(wanted: Sequence[str]) -> Embeddings:
-        return vectors[[rows[text] for text in wanted]]
+    def lookup(wanted: Sequence[str], kind: Kind) -> Embeddings:
+        return vectors[kind][[texts[kind][text] for text in wanted]]
 
     results = []
     for task in tasks:
         match task:
             case StsTask():
                 items = {
-                    "cosine": cosines(lookup(task.sentences1), lookup(task.sentences2)),
+                    "cosine": cosines(lookup(task.sentences1, "plain"), lookup(task.sentences2, "plain")),
                     "score": list(task.scores),
                 }
             case RetrievalTask():
-                ranking = search_exactly(lookup(task.documents), lookup(task.queries), NEIGHBOURS)
+                ranking = search_exactly(lookup(task.documents, "document"), lookup(task.queries, "query"), NEIGHBOURS)
                 items = score_rankings(ranking, task.relevance, NEIGHBOURS)
             case AgreementTask():
                 if teacher is None:
                     continue
-                items = _agreement(lookup(task.texts), teacher(task.texts), teacher_space)
+                items = _agreement(lookup(task.texts, "document"), teacher(task.texts, "document"), teacher_space)
         metrics = {name: metric_value(items, name) for name in metric_names(items)}
         results.append(Result(task.name, role, model, metrics, items, fingerprint(asdict(task)), versions or {}))
     return results

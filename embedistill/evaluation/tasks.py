@@ -14,6 +14,7 @@ from embedistill.corpus.reading import read_text_lines
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import write_text
 from embedistill.progress import note
+from embedistill.teacher import Kind
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class StsTask:
     scores: Sequence[float]
 
     @property
-    def texts(self) -> list[str]:
+    def texts_by_kind(self) -> dict[Kind, list[str]]:
         """All its texts."""
-        return [*self.sentences1, *self.sentences2]
+        return {"plain": [*self.sentences1, *self.sentences2]}
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class RetrievalTask:
     relevance: Sequence[dict[int, float]]
 
     @property
-    def texts(self) -> list[str]:
+    def texts_by_kind(self) -> dict[Kind, list[str]]:
         """All its texts."""
-        return [*self.queries, *self.documents]
+        return {"query": list(self.queries), "document": list(self.documents)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class AgreementTask:
 
     name: str
     texts: list[str]
+
+    @property
+    def texts_by_kind(self) -> dict[Kind, list[str]]:
+        """All its texts."""
+        return {"document": self.texts}
 
 
 _STS_COLUMNS = ("sentence1", "sentence2", "score")

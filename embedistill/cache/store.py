@@ -1,0 +1,238 @@
+"""The cache of one encoding: which texts have a vector, and where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from embedistill.cache.shards import SUFFIX, Encoded, Shard, Vectors, list_shards, write_shard
+from embedistill.errors import EmbedistillError
+from embedistill.files import fingerprint, write_json, written_aside
+from embedistill.progress import note
+
+MANIFEST = "manifest.json"
+INDEX = "index"
+LOCK = ".lock"
+DAMAGED = ".damaged"
+
+Rows = npt.NDArray[np.int64]
+"""Where vectors are: the number of the shard, as this process counts them, times 2^32, plus the row; -1: nowhere."""
+
+Hashes = npt.NDArray[np.bytes_]
+"""The sha256 of texts, 32 bytes each."""
+
+_OPEN_SHARDS = 128  # each holds a file descriptor
+_RECENT_ROWS = 65_536
+_MERGE_SHARE = 4
+
+
+class EmbeddingCache:
+    """The vectors of one encoding: one teacher with one set of settings.
+
+    Any number of processes may read and write one cache at the same time. See the package for the files.
+
+    Args:
+        root: Folder of all encodings.
+        encoding: Everything that changes a vector; "dim" is the vectors' size and "storage_dtype" how they are kept.
+    """
+
+    _names: list[str]  # of the shards; their places are the numbers in `Rows`
+    _numbers: dict[str, int]
+    _texts: Hashes  # mapped from the index, sorted
+    _rows: Rows
+    _recent_texts: Hashes  # of the shards that the index lacks, sorted
+    _recent_rows: Rows
+
+    def __init__(self, root: Path, encoding: Mapping[str, Any]) -> None:
+        self.key = fingerprint(encoding)
+        self.dim, self.storage = int(encoding["dim"]), encoding.get("storage_dtype", "float16")
+        self.folder = root / self.key
+        if not (self.folder / MANIFEST).is_file():
+            write_json(self.folder / MANIFEST, dict(encoding))
+        with suppress(OSError):
+            os.utime(self.folder / MANIFEST)  # last used
+        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._forget()
+        self._load_index()
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Return the number of vectors."""
+        return len(self._texts) + len(self._recent_texts)
+
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Return the distinct texts without a vector, in order."""
+        distinct = list(dict.fromkeys(texts))
+        return [text for text, row in zip(distinct, self._find(distinct), strict=True) if row < 0]
+
+    def add(self, texts: Sequence[str], encoded: Encoded) -> None:
+        """Store one vector a text. When this returns they are on the disk."""
+        hashes = hash_texts(texts)
+        self._learn({write_shard(self.folder, hashes.tobytes(), encoded, self.storage): hashes})
+
+    def refresh(self) -> None:
+        """Take up what other processes have written; a damaged shard is set aside, and its texts are missing."""
+        there = list_shards(self.folder)
+        if any(name not in there for name in self._names):
+            self._forget()
+        found = {}
+        for name in sorted(there.keys() - self._numbers.keys()):
+            try:
+                found[name] = self._shard(name).texts
+            except EmbedistillError as error:
+                set_aside(self.folder / (name + SUFFIX), error.found)
+        self._learn(found)
+
+    def locate(self, texts: Sequence[str]) -> Rows:
+        """Return where the vector of each text is, shape (n_texts,).
+
+        Raises:
+            EmbedistillError: A text has no vector.
+        """
+        rows = self._find(texts)
+        lost = np.flatnonzero(rows < 0)
+        if lost.size:
+            found = f"no vector for {len(lost)} texts, the first {texts[lost[0]]!r:.60}"
+            raise EmbedistillError(f"cache {self.folder}", found, do="run again")
+        return rows
+
+    def read(self, rows: Rows) -> Vectors:
+        """Read vectors from the mapped shards, shape (n_rows, dim)."""
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        for here, shard, inner in self._by_shard(rows):
+            vectors[here] = shard.read(inner)
+        return vectors
+
+    def read_facts(self, rows: Rows) -> tuple[Vectors, npt.NDArray[np.bool_]]:
+        """Return the norm of each vector as the model gave it, and whether its text was cut, shapes (n_rows,)."""
+        norms, cut = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
+        for here, shard, inner in self._by_shard(rows):
+            norms[here], cut[here] = shard.norms[inner], shard.cut[inner]
+        return norms, cut
+
+    def lookup(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of texts, shape (n_texts, dim)."""
+        return self.read(self.locate(texts))
+
+    def worst_cosine(self) -> float:
+        """Return the smallest cosine of a stored vector to the one it was made of."""
+        return min((self._shard(name).worst_cosine for name in self._names), default=1.0)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the cache for encoding into it; another process that does is waited for: no text is encoded twice."""
+        lock = filelock.FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            note(f"Cache {self.folder}: another process is encoding into it; waiting for it to end")
+            lock.acquire()
+        with lock:
+            self.refresh()
+            yield
+
+    def _find(self, texts: Sequence[str]) -> Rows:
+        hashes = hash_texts(texts)
+        rows = _search(self._texts, self._rows, hashes)
+        lost = np.flatnonzero(rows < 0)
+        rows[lost] = _search(self._recent_texts, self._recent_rows, hashes[lost])
+        return rows
+
+    def _by_shard(self, rows: Rows) -> Iterator[tuple[npt.NDArray[np.int64], Shard, Rows]]:
+        order = np.argsort(rows, kind="stable")
+        numbers = rows[order] >> 32
+        for group in np.split(order, np.flatnonzero(np.diff(numbers)) + 1) if len(rows) else []:
+            yield group, self._shard(self._names[rows[group[0]] >> 32]), rows[group] & 0xFFFFFFFF
+
+    def _shard(self, name: str) -> Shard:
+        shard = self._open.get(name) or Shard(self.folder / (name + SUFFIX), self.dim, self.storage)
+        self._open[name] = shard
+        self._open.move_to_end(name)
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard
+
+    def _learn(self, shards: Mapping[str, Hashes]) -> None:
+        """Take up shards, by name with the texts of each."""
+        texts, rows = [self._recent_texts], [self._recent_rows]
+        for name, hashes in shards.items():
+            if name in self._numbers:  # two processes wrote the same
+                continue
+            self._numbers[name] = len(self._names)
+            self._names.append(name)
+            texts.append(hashes)
+            rows.append((np.int64(self._numbers[name]) << 32) + np.arange(len(hashes), dtype=np.int64))
+        self._recent_texts, self._recent_rows = _sort(texts, rows)
+        if len(self._recent_texts) > max(_RECENT_ROWS, len(self._texts) // _MERGE_SHARE):
+            with suppress(OSError):  # a full or read-only disk: the index stays in memory
+                self._write_index()
+
+    def _forget(self) -> None:
+        self._names = []
+        self._numbers = {}
+        self._texts, self._rows = np.empty(0, "S32"), np.empty(0, np.int64)
+        self._recent_texts, self._recent_rows = np.empty(0, "S32"), np.empty(0, np.int64)
+        self._open.clear()
+
+    def _load_index(self) -> None:
+        """Map the index, if it is there and of shards that are there as they were."""
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX))).read_all()
+            covered: dict[str, int] = json.loads(table.schema.metadata[b"shards"])
+            texts = np.frombuffer(table["text"].chunk(0).buffers()[1], "S32")
+            rows = table["row"].chunk(0).to_numpy()
+        except (OSError, IndexError, KeyError, ValueError, pa.ArrowException):
+            return  # it is made again
+        there = list_shards(self.folder)
+        if all(there.get(name) == size for name, size in covered.items()):
+            self._forget()
+            self._texts, self._rows = texts, rows
+            self._names = list(covered)
+            self._numbers = {name: number for number, name in enumerate(covered)}
+
+    def _write_index(self) -> None:
+        texts, rows = _sort([self._texts, self._recent_texts], [self._rows, self._recent_rows])
+        sizes = {name: (self.folder / (name + SUFFIX)).stat().st_size for name in self._names}
+        schema = pa.schema([("text", pa.binary(32)), ("row", pa.int64())], metadata={"shards": json.dumps(sizes)})
+        hashes = pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(texts), [None, pa.py_buffer(texts)])
+        with written_aside(self.folder / INDEX) as part, pa.ipc.new_file(str(part), schema) as writer:
+            writer.write_batch(pa.record_batch([hashes, pa.array(rows)], schema=schema))
+        self._load_index()
+
+
+def hash_texts(texts: Sequence[str]) -> Hashes:
+    """Return the sha256 of each text, shape (n_texts,), 32 bytes each."""
+    digests = b"".join(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts)
+    return np.frombuffer(digests, "S32")
+
+
+def set_aside(shard: Path, reason: str) -> None:
+    """Take a damaged shard out of the cache, so that its texts are encoded again; its bytes are kept beside it."""
+    with suppress(FileNotFoundError):  # another process was first
+        shard.replace(shard.with_suffix(DAMAGED))
+    note(f"Cache {shard.parent}: shard {shard.stem[:12]} is damaged ({reason}); its texts are encoded again")
+
+
+def _search(texts: Hashes, rows: Rows, wanted: Hashes) -> Rows:
+    if not len(texts) or not len(wanted):
+        return np.full(len(wanted), -1, np.int64)
+    places = np.minimum(np.searchsorted(texts, wanted), len(texts) - 1)
+    found: Rows = np.where(texts[places] == wanted, rows[places], -1)
+    return found
+
+
+def _sort(texts: Sequence[Hashes], rows: Sequence[Rows]) -> tuple[Hashes, Rows]:
+    joined = np.concatenate(texts)
+    order = np.argsort(joined, kind="stable")  # linear where the parts are sorted
+    return joined[order], np.concatenate(rows)[order]

@@ -1,0 +1,52 @@
+"""What the machine can do: how fast its matrix products are, and in which number format."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Literal
+
+import torch
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+_FORMATS = (torch.float32, torch.bfloat16)
+_WORTHWHILE = 1.25
+
+
+def choose_dtype(wanted: Dtype, seconds: float = 2.0) -> torch.dtype:
+    """Return the number format for matrix products: with auto, bfloat16 where it is measured faster by a quarter."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
+    rates = measure_products(seconds)
+    return torch.bfloat16 if rates[torch.bfloat16] > _WORTHWHILE * rates[torch.float32] else torch.float32
+
+
+@functools.cache
+def measure_products(seconds: float = 2.0, size: int = 2048) -> dict[torch.dtype, float]:
+    """Return the flop/s of square matrix products by number format, on the device that models are loaded to.
+
+    The formats take turns, so that a busy machine slows both alike; in most of two seconds nothing else is measured.
+    """
+    device = find_device()
+    factors = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in _FORMATS}
+    spent, done = dict.fromkeys(_FORMATS, 0.0), dict.fromkeys(_FORMATS, 0)
+    for matrix in factors.values():
+        matrix @ matrix
+    while sum(spent.values()) < seconds:
+        for dtype, matrix in factors.items():
+            start = time.perf_counter()
+            matrix @ matrix
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            spent[dtype] += time.perf_counter() - start
+            done[dtype] += 1
+    return {dtype: 2.0 * size**3 * done[dtype] / spent[dtype] for dtype in _FORMATS}
+
+
+def find_device() -> str:
+    """Return the device that models are loaded to: an accelerator where torch finds one, else the CPU."""
+    accelerator = (
+        torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
+    )
+    return accelerator.type if accelerator else "cpu"

@@ -1,0 +1,108 @@
+"""Fill the cache apart from a run: encode a whole corpus, or take in vectors that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from embedistill.cache.shards import Encoded
+from embedistill.cache.store import EmbeddingCache
+from embedistill.cache.upkeep import import_vectors, read_embeddings, read_encoding
+from embedistill.corpus.reading import Columns, describe_source, read_corpus
+from embedistill.encoding.cached import CachedTeacher, Encoder
+from embedistill.encoding.endpoint import EndpointEncoder
+from embedistill.encoding.hardware import choose_dtype
+from embedistill.encoding.local import LocalEncoder
+from embedistill.errors import UsageError
+from embedistill.recipe import Recipe
+from embedistill.teacher import Embeddings, Kind, default_cache_dir, locate
+
+_COMPARED, _SAME = 16, 0.99
+
+
+def encode_corpus(recipe: Recipe, cache_dir: str | Path | None = None) -> int:
+    """Encode the whole corpus of a recipe into the cache, in constant memory, and return how many texts were new.
+
+    Args:
+        recipe: From `load_recipe`; only its teacher, corpus and encoding matter, and nothing is selected or held out.
+        cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
+
+    Raises:
+        EmbedistillError: Something is wrong with the corpus or the teacher; it says what to do.
+    """
+    folder, section = Path(cache_dir or default_cache_dir()), recipe.corpus
+    describe_source(section.source)
+    teacher = open_teacher(recipe, folder)
+    columns = Columns(section.text_column, section.query_column, section.max_characters, section.bad_rows)
+
+    def read(kind: Kind) -> Iterator[str]:
+        for record in read_corpus(section.source, columns):
+            text = record and (record.document if kind == "document" else record.query)
+            if text and (kind == "query" or len(text) >= section.min_characters):
+                yield text
+
+    kinds: list[Kind] = ["document", "query"] if section.query_column else ["document"]
+    return sum(encode_missing(recipe, teacher, read(kind), kind) for kind in kinds)
+
+
+def open_teacher(recipe: Recipe, cache_dir: Path) -> CachedTeacher:
+    """Return a recipe's teacher with its cache: one whose weights are found, or one behind an endpoint."""
+    section = recipe.teacher
+    if section.api:
+        encoder: Encoder = EndpointEncoder(section.api, section.model, key_variable=section.api_key_variable)
+    else:
+        located = locate(section.model, section.revision, models_dir=cache_dir / "models")
+        encoder = LocalEncoder(located, choose_dtype(section.dtype))
+    return CachedTeacher(encoder, cache_dir / "embeddings", recipe.encoding.storage)
+
+
+def encode_missing(recipe: Recipe, teacher: CachedTeacher, texts: Iterable[str], kind: Kind) -> int:
+    """Encode the texts that the cache lacks by the engine that a recipe names; return how many that were."""
+    return teacher.encode_missing(texts, kind)
+
+
+def import_embeddings(
+    file: Path,
+    teacher: str | None = None,
+    cache_dir: str | Path | None = None,
+    text_column: str = "text",
+    embedding_column: str = "embedding",
+) -> int:
+    """Take the vectors of a parquet file into the cache, and return how many it lacked.
+
+    Args:
+        file: With a column of texts and one of vectors.
+        teacher: Whose they are, a folder or a model id: a sample is compared with its own. Default: as the file says,
+            where embedistill wrote it.
+        cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
+        text_column: Column of the texts.
+        embedding_column: Column of the vectors.
+
+    Raises:
+        UsageError: The file is none of these, names no teacher, or has vectors of another.
+    """
+    folder = Path(cache_dir or default_cache_dir())
+    if teacher is None:
+        encoding = read_encoding(file)
+        if encoding is None:
+            raise UsageError(str(file), "it does not say whose vectors these are", do="give --teacher")
+        cache = EmbeddingCache(folder / "embeddings", encoding)
+    else:
+        encoder = LocalEncoder(locate(teacher, models_dir=folder / "models"), choose_dtype("auto"))
+        texts, vectors = next(read_embeddings(file, text_column, embedding_column), ([], np.empty((0, 0), np.float32)))
+        _check_same(file, encoder, texts[:_COMPARED], vectors[:_COMPARED])
+        cache = CachedTeacher(encoder, folder / "embeddings").cache()
+    return import_vectors(cache, file, text_column, embedding_column)
+
+
+def _check_same(file: Path, encoder: LocalEncoder, texts: Sequence[str], vectors: Embeddings) -> None:
+    """Make sure that vectors are what a teacher makes of their texts; another dimension is found when they are stored."""
+    own = encoder.run(encoder.prepare(texts, "plain"))[0].vectors
+    if not texts or own.shape != vectors.shape:
+        return
+    cosine = float(np.einsum("nd,nd->n", own, Encoded.of(vectors).vectors).min())
+    if not cosine > _SAME:
+        found = f"vectors with cosine {cosine:.3f} to {encoder.located.name}'s own"
+        raise UsageError(str(file), found, f"above {_SAME}", "give the teacher that they are of")
