@@ -181,11 +181,10 @@ class _Line:
     @cached_property
     def training_texts(self) -> dict[Kind, list[str]]:
         """Those of them whose vectors can be trained on."""
-        dropped = read_json(self.folder / TARGETS)["dropped"]
+        dropped = {kind: set(numbers) for kind, numbers in read_json(self.folder / TARGETS)["dropped"].items()}
         return {
-            kind: [text for number, text in enumerate(texts) if number not in set_of]
+            kind: [text for number, text in enumerate(texts) if number not in dropped[kind]]
             for kind, texts in self.encoded_texts.items()
-            for set_of in [set(dropped[kind])]
         }
 
     def read(self) -> dict[str, Any]:
@@ -216,12 +215,14 @@ class _Line:
         encoded = sum(
             encode_missing(self.recipe, self.teacher, texts, kind) for kind, texts in self.encoded_texts.items()
         )
-        write_json(self.folder / TARGETS, self._check_targets())
+        checked = self._check_targets()
+        write_json(self.folder / TARGETS, checked)
         return {
             "teacher": {**asdict(self.located), "path": str(self.located.path)},
             "cache_keys": {kind: self.teacher.cache(kind).key for kind in self.encoded_texts},
             "texts": n_texts,
             "encoded": encoded,
+            "faults": {fault: count for fault, count in checked["counts"].items() if count},
         }
 
     def _check_targets(self) -> dict[str, Any]:
@@ -264,9 +265,7 @@ class _Line:
         student = self._load("untrained")
         projection = load_projection(self.folder / "untrained")
         for kind, texts in self.training_texts.items():
-            encode_missing(
-                self.recipe, self.teacher, texts, kind
-            )  # nothing, unless the cache was pruned or is another one
+            encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
         targets = self.teacher.open_targets(self.training_texts)
         schedule = Schedule(
             **section.model_dump(exclude={"objectives", "temperature", "dtype"}),
@@ -330,6 +329,7 @@ class _Line:
         roles = [model["role"] for model in facts["models"]]
         results = load_results(self.folder / "results")
         results.sort(key=lambda result: (order.index(result.task), roles.index(result.role)))
+        faults = self.stages.facts("encode")["faults"]
         report = Report(
             name=self.recipe.name,
             models=[ModelFacts(**model) for model in facts["models"]],
@@ -337,7 +337,7 @@ class _Line:
                 results, resamples=section.resamples, seed=self.recipe.seed, margin=section.margin
             ),
             margin=section.margin,
-            corpus=self.stages.facts("corpus")["funnel"],
+            corpus=self.stages.facts("corpus")["funnel"] | {f"vectors {name}": count for name, count in faults.items()},
             seconds=self.stages.seconds,
             skipped=facts["skipped"],
         )

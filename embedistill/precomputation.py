@@ -12,6 +12,7 @@ from embedistill.cache.store import EmbeddingCache
 from embedistill.cache.upkeep import import_vectors, read_embeddings, read_encoding
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.encoding.cached import CachedTeacher, Encoder
+from embedistill.encoding.cluster import TeacherSpec, encode_on_ray
 from embedistill.encoding.endpoint import EndpointEncoder
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
@@ -60,7 +61,20 @@ def open_teacher(recipe: Recipe, cache_dir: Path) -> CachedTeacher:
 
 def encode_missing(recipe: Recipe, teacher: CachedTeacher, texts: Iterable[str], kind: Kind) -> int:
     """Encode the texts that the cache lacks by the engine that a recipe names; return how many that were."""
-    return teacher.encode_missing(texts, kind)
+    section = recipe.encoding
+    if section.engine == "local":
+        return teacher.encode_missing(texts, kind)
+    spec = TeacherSpec(recipe.teacher.model, recipe.teacher.revision)
+    return encode_on_ray(
+        texts,
+        kind,
+        teacher.cache(kind),
+        spec,
+        store=section.store,
+        workers=section.workers,
+        cores=section.cores,
+        gpus=section.gpus,
+    )
 
 
 def import_embeddings(
@@ -98,7 +112,7 @@ def import_embeddings(
 
 
 def _check_same(file: Path, encoder: LocalEncoder, texts: Sequence[str], vectors: Embeddings) -> None:
-    """Make sure that vectors are what a teacher makes of their texts; another dimension is found when they are stored."""
+    """Make sure that vectors are what a teacher makes of their texts; another dimension is found later."""
     own = encoder.run(encoder.prepare(texts, "plain"))[0].vectors
     if not texts or own.shape != vectors.shape:
         return

@@ -67,6 +67,7 @@ class EncodingSection(_Section):
     engine: Literal["local", "ray"] = Field("local", description="local, or ray: a Ray cluster encodes.")
     workers: Count = Field(1, description="Workers of the Ray cluster.")
     cores: Count = Field(1, description="Cores of a Ray worker.")
+    gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs of a Ray worker, or a share of one.")
     store: str | None = Field(
         None,
         description="Where Ray workers keep the cache: s3://..., or a folder all see; default: the cache's folder.",
@@ -196,6 +197,14 @@ class Recipe(_Section):
         if name in {".", ".."}:
             raise ValueError("must name a folder")
         return name
+
+    @model_validator(mode="after")
+    def _runs_where_it_can(self) -> Recipe:
+        if self.teacher.api and self.encoding.engine != "local":
+            raise ValueError(
+                "teacher.api with encoding.engine=ray: an endpoint spreads its work by itself; use engine=local"
+            )
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -392,8 +401,8 @@ def _explain(detail: ErrorDetails, lines: dict[_Location, str], path: Path) -> U
             key = ".".join(str(part) for part in place)
             return UsageError(where, f"{key}: missing", do="set it; what it means: embedistill recipes settings")
         case _:
-            found = f"{key}: {detail['input']!r}"
-            return UsageError(where, found, re.sub(r"^(Input should be|Value error,) ", "", detail["msg"]))
+            wrong = re.sub(r"^(Input should be|Value error,) ", "", detail["msg"])
+            return UsageError(where, f"{key}: {detail['input']!r}", wrong) if key else UsageError(where, wrong)
 
 
 def _merge(problems: list[UsageError]) -> list[UsageError]:
@@ -421,9 +430,11 @@ def _suggest(name: str, names: list[str]) -> str:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    source, data = recipe.corpus.source, recipe.evaluation.data
+    source, data, store = recipe.corpus.source, recipe.evaluation.data, recipe.encoding.store
     if not source.startswith(REMOTE_SOURCES):
         source = str(Path(source).expanduser().absolute())
+    if store is not None and "://" not in store:
+        store = str(Path(store).expanduser().absolute())
     if data is not None:
         data = str(Path(data).expanduser().absolute())
     model, *baselines = (
@@ -436,6 +447,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         update={
             "teacher": recipe.teacher.model_copy(update={"model": model}),
             "corpus": recipe.corpus.model_copy(update={"source": source}),
+            "encoding": recipe.encoding.model_copy(update={"store": store}),
             "evaluation": recipe.evaluation.model_copy(update={"data": data, "baselines": baselines}),
         }
     )

@@ -2,6 +2,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -179,15 +180,16 @@ def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: 
         cache.add(texts, encoded(5, number))
         made |= dict(zip(texts, encoded(5, number).vectors, strict=True))
         if number == 5:
-            early = (cache.folder / "index").read_bytes()
+            shutil.copytree(cache.folder / "index", tmp_path / "early")
     index = cache.folder / "index"
     match state:
         case "gone":
-            index.unlink()
+            shutil.rmtree(index)
         case "cut":
-            index.write_bytes(index.read_bytes()[:-9])
+            (index / "rows.npy").write_bytes((index / "rows.npy").read_bytes()[:-9])
         case "of fewer shards":
-            index.write_bytes(early)
+            shutil.rmtree(index)
+            (tmp_path / "early").rename(index)
     opened = EmbeddingCache(tmp_path, ENCODING)
     assert len(opened) == 60
     texts = sorted(made)[::-1]
@@ -195,14 +197,16 @@ def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: 
     assert opened.missing([*texts, "x"]) == ["x"]
 
 
-def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_OPEN_SHARDS", 3)
+def test_a_cache_of_many_shards_holds_no_file_open(tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path, ENCODING)
     for number in range(10):
         cache.add([str(number)], encoded(1, number))
+    opened = EmbeddingCache(tmp_path, ENCODING)
+    held = Path("/proc/self/fd")  # where there is such a folder
+    before = len(list(held.glob("*")))
     expected = [encoded(1, number).vectors[0] for number in range(10)]
-    np.testing.assert_allclose(cache.lookup([str(number) for number in range(10)]), expected, atol=1e-3)
-    assert len(cache._open) == 3
+    np.testing.assert_allclose(opened.lookup([str(number) for number in range(10)]), expected, atol=1e-3)
+    assert len(list(held.glob("*"))) == before
 
 
 def _write(root: Path, first: int) -> None:

@@ -14,6 +14,7 @@ from embedistill.files import sha256_file
 from embedistill.wheels import WHEEL_MODELS, WheelModel
 
 ROOT = Path(__file__).parents[1]
+ENCODING = (ROOT / "docs" / "encoding.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEACHER = "sentence-transformers/all-mpnet-base-v2"
 
@@ -70,10 +71,37 @@ def test_the_readme_runs(
     assert commands >= 6
 
 
+def test_the_page_on_encoding_runs(
+    tmp_path: Path,
+    teacher_dir: Path,
+    corpus_file: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
+    [block] = re.findall(r"```bash\n(.*?)```", ENCODING, re.DOTALL)
+    for line in block.strip().splitlines():
+        keys = sorted(path.name for path in (tmp_path / "cache" / "embeddings").glob("*"))
+        code = run_command(line.replace("FIRST", keys[0][:12] if keys else ""), monkeypatch)
+        out, err = capsys.readouterr()
+        assert code == 0, (line, err)
+        assert out or "prune" in line
+    recipes = re.findall(r"```yaml\n(.*?)```", ENCODING, re.DOTALL)
+    assert len(recipes) == 2
+    for section in recipes:
+        (tmp_path / "mine.yaml").write_text(
+            "name: mine\ncorpus: {source: my.jsonl}\nstudent: {layers: 2}\n"
+            + section
+            + ("" if "teacher:" in section else "teacher: {model: m}\n")
+        )
+        assert run_command("embedistill validate mine.yaml", monkeypatch) == 0
+
+
 def test_commands_in_prose_exist() -> None:
-    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README))
+    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README + ENCODING))
     assert mentioned
-    assert mentioned <= {"run", "validate", "evaluate", "compare", "report", "search", "recipes"}
+    assert mentioned <= {"run", "encode", "validate", "evaluate", "compare", "report", "search", "recipes", "cache"}
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

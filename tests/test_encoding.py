@@ -141,7 +141,6 @@ def test_a_device_that_is_out_of_memory_gets_smaller_batches(
     mpnet_dir: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(local, "can_pack", lambda model: False)
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     encoder = LocalEncoder(find(mpnet_dir), torch.float32)
     run, sizes = encoder._run_one_padded, []
 

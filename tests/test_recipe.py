@@ -104,6 +104,13 @@ def test_an_unknown_recipe_names_those_there_are() -> None:
         load_recipe("quikstart")
 
 
+def test_an_endpoint_and_a_cluster_do_not_go_together(tmp_path: Path) -> None:
+    [found] = problems(tmp_path, GOOD, "teacher.api=http://localhost/v1", "encoding.engine=ray")
+    assert found.endswith(
+        ":1: teacher.api with encoding.engine=ray: an endpoint spreads its work by itself; use engine=local"
+    )
+
+
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD), "training.minutes=30", "student.layers=[0, 3]", "corpus.source=hf:o/d")
     assert recipe.training.minutes == 30

@@ -10,7 +10,8 @@
         tokens  int32                      what the model saw of the text, special tokens included; 0: not known
         cut     bool                       the model did not see all of it
         metadata: storage, cosine (of what is stored to fp32, at worst), scale (JSON list, int8 only)
-    index               where each text is: made of the shards, and made again where it is missing
+    index/              where each text is, as .npy: made of the shards, and made again where it is missing
+    .lock, .running     who encodes into it, and where a cluster's work folder is
 
 A shard is written aside, synced and renamed. There is no other state: a kill leaves whole shards and a part.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ Vectors = npt.NDArray[np.float32]
 """Shape (n_texts, dim)."""
 
 SUFFIX = ".arrow"
+_NUMPY_TYPES = {"float32": "f4", "float16": "f2", "bfloat16": "u2", "int8": "i1"}
 _ARROW_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16(), "int8": pa.int8()}
 
 
@@ -57,7 +60,7 @@ class Encoded:
 
 
 class Shard:
-    """An open shard: its columns are views of the mapped file.
+    """A shard on disk. It holds no file open: each reading maps the file, and lets go of it.
 
     Args:
         path: The file.
@@ -70,30 +73,45 @@ class Shard:
 
     def __init__(self, path: Path, dim: int, storage: Storage) -> None:
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            content = pa.memory_map(str(path)).read_buffer()
+            table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
             if table.schema.types != _schema(dim, storage).types:
                 raise pa.ArrowInvalid(f"columns {table.schema.types}")
-            columns = {name: table[name].chunk(0) for name in table.column_names}
             table.validate()
+            columns = {name: table[name].chunk(0) for name in table.column_names}
         except (OSError, IndexError, pa.ArrowException) as error:
             raise EmbedistillError(f"shard {path}", str(error), "a shard as it was written") from error
-        self.texts: npt.NDArray[np.bytes_] = np.frombuffer(columns["text"].buffers()[1], "S32")
-        self._stored = columns["vector"].values.to_numpy(zero_copy_only=True).reshape(-1, dim)
-        self.norms: npt.NDArray[np.float32] = columns["norm"].to_numpy()
-        self.tokens: npt.NDArray[np.int32] = columns["tokens"].to_numpy()
-        self.cut: npt.NDArray[np.bool_] = columns["cut"].to_numpy(zero_copy_only=False)
         metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-        self._storage = storage
+        self._path, self._dim, self._storage, self._rows = path, dim, storage, len(table)
         self._scale = np.array(json.loads(metadata["scale"]), np.float32) if "scale" in metadata else None
         self.worst_cosine = float(metadata["cosine"])
+        values = columns["vector"].values
+        parts = {"vector": values, **{name: columns[name] for name in ("text", "norm", "cut")}}
+        self._offsets = {name: part.buffers()[1].address - content.address for name, part in parts.items()}
 
     def __len__(self) -> int:
         """Return the number of vectors."""
-        return len(self.texts)
+        return self._rows
+
+    @property
+    def texts(self) -> npt.NDArray[np.bytes_]:
+        """The sha256 of each text, shape (n_texts,), mapped."""
+        return self._map("text", "S32", (self._rows,))
 
     def read(self, rows: npt.NDArray[np.int64]) -> Vectors:
         """Return vectors by row, shape (n_rows, dim), in fp32."""
-        return _from_storage(self._stored[rows], self._storage, self._scale)
+        stored = self._map("vector", _NUMPY_TYPES[self._storage], (self._rows, self._dim))
+        return _from_storage(stored[rows], self._storage, self._scale)
+
+    def read_facts(self, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Return the norms of vectors and whether their texts were cut, by row, shapes (n_rows,)."""
+        bits = np.unpackbits(self._map("cut", "u1", ((self._rows + 7) // 8,)), bitorder="little")
+        return self._map("norm", "f4", (self._rows,))[rows], bits[rows].astype(np.bool_)
+
+    def _map(self, column: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        with self._path.open("rb", buffering=0) as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(content, dtype, math.prod(shape), self._offsets[column]).reshape(shape)
 
 
 def write_shard(folder: Path, texts: bytes, encoded: Encoded, storage: Storage) -> str:

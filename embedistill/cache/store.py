@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,11 +12,10 @@ from typing import Any
 import filelock
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from embedistill.cache.shards import SUFFIX, Encoded, Shard, Vectors, list_shards, write_shard
 from embedistill.errors import EmbedistillError
-from embedistill.files import fingerprint, write_json, written_aside
+from embedistill.files import fingerprint, read_json, write_json, written_aside
 from embedistill.progress import note
 
 MANIFEST = "manifest.json"
@@ -32,9 +29,9 @@ Rows = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.bytes_]
 """The sha256 of texts, 32 bytes each."""
 
-_OPEN_SHARDS = 128  # each holds a file descriptor
 _RECENT_ROWS = 65_536
 _MERGE_SHARE = 4
+_MERGED_ROWS = 65_536
 
 
 class EmbeddingCache:
@@ -62,7 +59,7 @@ class EmbeddingCache:
             write_json(self.folder / MANIFEST, dict(encoding))
         with suppress(OSError):
             os.utime(self.folder / MANIFEST)  # last used
-        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._shards: dict[str, Shard] = {}
         self._forget()
         self._load_index()
         self.refresh()
@@ -89,7 +86,7 @@ class EmbeddingCache:
         found = {}
         for name in sorted(there.keys() - self._numbers.keys()):
             try:
-                found[name] = self._shard(name).texts
+                found[name] = self._shard(name).texts.copy()  # a view would hold the file open
             except EmbedistillError as error:
                 set_aside(self.folder / (name + SUFFIX), error.found)
         self._learn(found)
@@ -118,7 +115,7 @@ class EmbeddingCache:
         """Return the norm of each vector as the model gave it, and whether its text was cut, shapes (n_rows,)."""
         norms, cut = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool_)
         for here, shard, inner in self._by_shard(rows):
-            norms[here], cut[here] = shard.norms[inner], shard.cut[inner]
+            norms[here], cut[here] = shard.read_facts(inner)
         return norms, cut
 
     def lookup(self, texts: Sequence[str]) -> Vectors:
@@ -156,12 +153,9 @@ class EmbeddingCache:
             yield group, self._shard(self._names[rows[group[0]] >> 32]), rows[group] & 0xFFFFFFFF
 
     def _shard(self, name: str) -> Shard:
-        shard = self._open.get(name) or Shard(self.folder / (name + SUFFIX), self.dim, self.storage)
-        self._open[name] = shard
-        self._open.move_to_end(name)
-        if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return shard
+        if name not in self._shards:
+            self._shards[name] = Shard(self.folder / (name + SUFFIX), self.dim, self.storage)
+        return self._shards[name]
 
     def _learn(self, shards: Mapping[str, Hashes]) -> None:
         """Take up shards, by name with the texts of each."""
@@ -183,31 +177,33 @@ class EmbeddingCache:
         self._numbers = {}
         self._texts, self._rows = np.empty(0, "S32"), np.empty(0, np.int64)
         self._recent_texts, self._recent_rows = np.empty(0, "S32"), np.empty(0, np.int64)
-        self._open.clear()
+        self._shards.clear()
 
     def _load_index(self) -> None:
         """Map the index, if it is there and of shards that are there as they were."""
+        index = self.folder / INDEX
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX))).read_all()
-            covered: dict[str, int] = json.loads(table.schema.metadata[b"shards"])
-            texts = np.frombuffer(table["text"].chunk(0).buffers()[1], "S32")
-            rows = table["row"].chunk(0).to_numpy()
-        except (OSError, IndexError, KeyError, ValueError, pa.ArrowException):
+            covered: dict[str, int] = read_json(index / "shards.json")
+            texts: Hashes = np.load(index / "texts.npy", mmap_mode="r", allow_pickle=False)
+            rows: Rows = np.load(index / "rows.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
             return  # it is made again
         there = list_shards(self.folder)
-        if all(there.get(name) == size for name, size in covered.items()):
+        if len(texts) == len(rows) and all(there.get(name) == size for name, size in covered.items()):
             self._forget()
             self._texts, self._rows = texts, rows
             self._names = list(covered)
             self._numbers = {name: number for number, name in enumerate(covered)}
 
     def _write_index(self) -> None:
-        texts, rows = _sort([self._texts, self._recent_texts], [self._rows, self._recent_rows])
+        """Merge what is recent into the index, some thousand rows at a time: neither has to fit in memory twice."""
+        places = np.searchsorted(self._texts, self._recent_texts)
         sizes = {name: (self.folder / (name + SUFFIX)).stat().st_size for name in self._names}
-        schema = pa.schema([("text", pa.binary(32)), ("row", pa.int64())], metadata={"shards": json.dumps(sizes)})
-        hashes = pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(texts), [None, pa.py_buffer(texts)])
-        with written_aside(self.folder / INDEX) as part, pa.ipc.new_file(str(part), schema) as writer:
-            writer.write_batch(pa.record_batch([hashes, pa.array(rows)], schema=schema))
+        with written_aside(self.folder / INDEX) as part:
+            part.mkdir()
+            write_json(part / "shards.json", sizes)
+            _write_merged(part / "texts.npy", self._texts, self._recent_texts, places)
+            _write_merged(part / "rows.npy", self._rows, self._recent_rows, places)
         self._load_index()
 
 
@@ -236,3 +232,14 @@ def _sort(texts: Sequence[Hashes], rows: Sequence[Rows]) -> tuple[Hashes, Rows]:
     joined = np.concatenate(texts)
     order = np.argsort(joined, kind="stable")  # linear where the parts are sorted
     return joined[order], np.concatenate(rows)[order]
+
+
+def _write_merged(path: Path, sorted_one: npt.NDArray[Any], other: npt.NDArray[Any], places: Rows) -> None:
+    """Write an array to a .npy file, with the items of another one before the given places of it."""
+    with path.open("wb") as file:
+        shape = (len(sorted_one) + len(other),)
+        np.lib.format.write_array_header_1_0(file, {"descr": other.dtype.str, "fortran_order": False, "shape": shape})
+        for start in range(0, len(sorted_one) + 1, _MERGED_ROWS):
+            first, last = np.searchsorted(places, [start, start + _MERGED_ROWS])
+            chunk = np.insert(sorted_one[start : start + _MERGED_ROWS], places[first:last] - start, other[first:last])
+            file.write(chunk.tobytes())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +75,7 @@ class CachedTeacher:
         """
         cache, encoder, effort = self.cache(kind), self.encoder, Effort()
         total = len(cache.missing(texts)) if isinstance(texts, Sequence) else None
+        start = time.perf_counter()
         with ExitStack() as stack:
             windows = iter_missing(cache, texts, encoder.window)
             first = next(windows, None)
@@ -89,6 +92,7 @@ class CachedTeacher:
                 at_work = following
             effort += self._finish(cache, *at_work, advance)
         if effort.texts:
+            effort = replace(effort, seconds=time.perf_counter() - start)
             peak = measure_products()[encoder.dtype] if effort.flops and effort.texts >= _WORTH_MEASURING else None
             kept = f"kept as {cache.storage}, cosine to fp32 {cache.worst_cosine():.6f} at worst"
             note(f"Teacher: {describe_effort(effort, peak)}; {kept}")
@@ -126,7 +130,7 @@ class CachedTeacher:
         if not texts:
             return Effort()
         encoded, effort = self.encoder.run(prepared.result(), advance)
-        _check_finite(texts, encoded)
+        check_finite(texts, encoded)
         cache.add(texts, encoded)
         return effort
 
@@ -163,7 +167,7 @@ def describe_effort(effort: Effort, peak: float | None) -> str:
     return ", ".join(parts)
 
 
-def _check_finite(texts: Sequence[str], encoded: Encoded) -> None:
+def check_finite(texts: Sequence[str], encoded: Encoded) -> None:
     """Stop where most vectors are not finite: then it is the number format, not a text."""
     broken = np.flatnonzero(~np.isfinite(encoded.norms))
     if len(broken) * 2 > len(texts):

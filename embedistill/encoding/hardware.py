@@ -46,7 +46,5 @@ def measure_products(seconds: float = 2.0, size: int = 2048) -> dict[torch.dtype
 
 def find_device() -> str:
     """Return the device that models are loaded to: an accelerator where torch finds one, else the CPU."""
-    accelerator = (
-        torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
-    )
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"

@@ -27,7 +27,7 @@ Batch = tuple[Sequence[int], Vectors, int]
 """Numbers of the texts of a batch, their vectors, and how many tokens of padding it had."""
 
 _TOKENISED_TOGETHER = 256
-_PACKED_TOKENS = (128, 1024)  # of a batch of one core: its activations stay in the core's cache
+_PACKED_TOKENS = (128, 4096)  # of a batch of one core
 _PADDED_TOKENS = {"cpu": 4096, "mps": 16_384, "cuda": 131_072}
 
 
@@ -204,7 +204,7 @@ class LocalEncoder:
             except torch.OutOfMemoryError:
                 if len(numbers) == 1:
                     raise
-                torch.accelerator.empty_cache()
+                torch.cuda.empty_cache()  # nothing where there is no CUDA
                 self._padded_tokens //= 2
                 note(f"Out of memory on {device}: batches of {self._padded_tokens:,} tokens from here on")
                 left = [number for batch in [numbers, *batches[::-1]] for number in batch]
@@ -283,6 +283,8 @@ def cut_batches(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterato
 def _one_thread_a_batch() -> Iterator[ThreadPoolExecutor]:
     """Yield a pool with a thread for each core, whose products do not spread over the others."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool
-    torch.set_num_threads(threads)  # setting a thread's number sets the default of threads to come
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # setting a thread's number sets the default of threads to come
