@@ -36,6 +36,13 @@ def written_aside(path: Path) -> Iterator[Path]:
         remove(part)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder that a power cut does not take away with what is written to it."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        _sync(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with written_aside(path) as part:

@@ -210,8 +210,9 @@ class _Line:
                 "student.embedding_size", str(size), f"at most the {cache.dim} of the teacher's embeddings"
             )
         n_texts = sum(len(texts) for texts in self.encoded_texts.values())
+        n_missing = sum(len(self.teacher.cache(kind).missing(texts)) for kind, texts in self.encoded_texts.items())
         check_space(self.folder, _MODEL_COPIES * folder_bytes(self.located.path))
-        check_space(self.cache_dir, _BYTES[cache.storage] * cache.dim * n_texts)
+        check_space(self.cache_dir, _BYTES[cache.storage] * cache.dim * n_missing)
         encoded = sum(
             encode_missing(self.recipe, self.teacher, texts, kind) for kind, texts in self.encoded_texts.items()
         )

@@ -40,11 +40,12 @@ def encode_corpus(recipe: Recipe, cache_dir: str | Path | None = None) -> int:
 
     def read(kind: Kind) -> Iterator[str]:
         for record in read_corpus(section.source, columns):
-            text = record and (record.document if kind == "document" else record.query)
-            if text and (kind == "query" or len(text) >= section.min_characters):
-                yield text
+            if record and len(record.text) >= section.min_characters:
+                text = record.document if kind == "document" else record.query
+                if text:
+                    yield text
 
-    kinds: list[Kind] = ["document", "query"] if section.query_column else ["document"]
+    kinds: tuple[Kind, ...] = ("document", "query")
     return sum(encode_missing(recipe, teacher, read(kind), kind) for kind in kinds)
 
 
@@ -113,8 +114,10 @@ def import_embeddings(
 
 def _check_same(file: Path, encoder: LocalEncoder, texts: Sequence[str], vectors: Embeddings) -> None:
     """Make sure that vectors are what a teacher makes of their texts; another dimension is found later."""
+    if not texts:
+        return
     own = encoder.run(encoder.prepare(texts, "plain"))[0].vectors
-    if not texts or own.shape != vectors.shape:
+    if own.shape != vectors.shape:
         return
     cosine = float(np.einsum("nd,nd->n", own, Encoded.of(vectors).vectors).min())
     if not cosine > _SAME:

@@ -132,7 +132,7 @@ def test_the_files_can_be_read_with_pyarrow_and_json_alone(tmp_path: Path) -> No
 def test_a_damaged_shard_is_set_aside_and_encoded_again(
     tmp_path: Path, damage: str, indexed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store, "_RECENT_ROWS", 0 if indexed else 99)
+    monkeypatch.setattr(store, "_RECENT_ROWS", (0, 0) if indexed else (99, 99))
     cache = EmbeddingCache(tmp_path, ENCODING)
     cache.add(["a", "b"], encoded(2))
     cache.add(["c"], encoded(1))
@@ -170,9 +170,9 @@ def test_verify_finds_a_flipped_byte_names_the_shard_and_only_its_texts_are_miss
     assert verify_caches(tmp_path) == []
 
 
-@pytest.mark.parametrize("state", ["whole", "gone", "cut", "of fewer shards"])
+@pytest.mark.parametrize("state", ["whole", "gone", "cut", "flipped", "of fewer shards"])
 def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_RECENT_ROWS", 4)
+    monkeypatch.setattr(store, "_RECENT_ROWS", (4, 99))
     cache = EmbeddingCache(tmp_path, ENCODING)
     made = {}
     for number in range(12):
@@ -187,6 +187,10 @@ def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: 
             shutil.rmtree(index)
         case "cut":
             (index / "rows.npy").write_bytes((index / "rows.npy").read_bytes()[:-9])
+        case "flipped":
+            content = bytearray((index / "rows.npy").read_bytes())
+            content[-8] ^= 1
+            (index / "rows.npy").write_bytes(content)
         case "of fewer shards":
             shutil.rmtree(index)
             (tmp_path / "early").rename(index)
@@ -236,12 +240,20 @@ def test_two_writers_and_a_reader_at_the_same_time(tmp_path: Path) -> None:
     assert verify_caches(tmp_path) == []
 
 
-def test_a_second_process_that_would_encode_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_process_that_would_encode_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = EmbeddingCache(tmp_path, ENCODING)
+    said = []
+
+    def note(text: str) -> None:
+        said.append(text)
+        (tmp_path / "go on").touch()
+
+    monkeypatch.setattr(store, "note", note)
     code = (
         "import sys, time; from pathlib import Path; from embedistill.cache.store import EmbeddingCache\n"
         f"cache = EmbeddingCache(Path({str(tmp_path)!r}), {ENCODING!r})\n"
-        "with cache.writing():\n    print('held', flush=True); time.sleep(0.5)\n"
+        "with cache.writing():\n    print('held', flush=True)\n"
+        f"    while not Path({str(tmp_path / 'go on')!r}).exists(): time.sleep(0.01)\n"
         "    import numpy as np; from embedistill.cache.shards import Encoded\n"
         "    cache.add(['a'], Encoded.of(np.ones((1, 4), np.float32)))"
     )
@@ -250,7 +262,9 @@ def test_a_second_process_that_would_encode_waits(tmp_path: Path, capsys: pytest
         assert other.stdout.readline() == "held\n"
         with cache.writing():
             assert cache.missing(["a"]) == []  # the other was waited for, and what it wrote is known
-    assert "another process is encoding into it; waiting for it to end" in capsys.readouterr().err
+    assert "another process is encoding into it; waiting for it to end" in said[0]
+    with cache.writing():  # and the lock is free again
+        assert len(said) == 1
 
 
 def test_encodings_are_listed_found_and_pruned(tmp_path: Path) -> None:
@@ -303,7 +317,10 @@ def test_a_file_that_cannot_be_taken_in_says_why(tmp_path: Path) -> None:
     cases = {
         "expected a parquet file": None,
         "no column 'embedding'; expected one of: text, vector": {"text": ["a"], "vector": [[1.0]]},
-        "rows of different lengths": {"text": ["a", "b"], "embedding": [[1.0, 2.0], [1.0]]},
+        "rows of different lengths": {"text": ["a", "b"], "embedding": [[1.0], [1.0, 2.0, 3.0]]},
+        "text is of int64; expected strings": {"text": [1], "embedding": [[1.0]]},
+        "embedding is of string; expected lists of numbers": {"text": ["a"], "embedding": ["b"]},
+        "a row without text or vector": {"text": ["a", None], "embedding": [[1.0], [1.0]]},
         "embedding has 2 dimensions; expected 4": {"text": ["a"], "embedding": [[1.0, 2.0]]},
     }
     for message, columns in cases.items():

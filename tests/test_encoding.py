@@ -130,6 +130,25 @@ def test_vectors_are_those_of_the_library(
     assert (effort.padding > 0) == (architecture == "padded")
 
 
+@pytest.mark.parametrize("change", ["padding on the left", "fewer dimensions"])
+def test_what_the_fast_ways_do_not_cover_is_left_to_the_library(
+    change: str, mpnet_dir: Path, tmp_path: Path, texts: list[str]
+) -> None:
+    model = load(find(mpnet_dir))
+    if change == "padding on the left":
+        model.tokenizer.padding_side = "left"
+    else:
+        model.truncate_dim = 8
+    model.save(str(tmp_path / "changed"))
+    encoder = LocalEncoder(find(tmp_path / "changed"), torch.float32)
+    assert encoder.model.tokenizer.padding_side == model.tokenizer.padding_side
+    assert encoder.model.truncate_dim == model.truncate_dim
+    encoded, effort = encoder.run(encoder.prepare(texts, "plain"))
+    expected = load(find(tmp_path / "changed")).encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(encoded.vectors, expected, atol=1e-5)
+    assert (effort.texts, effort.tokens, effort.flops) == (len(texts), 0, 0)
+
+
 def test_threads_are_as_they_were(mpnet_dir: Path, texts: list[str]) -> None:
     before = torch.get_num_threads()
     encoder = LocalEncoder(find(mpnet_dir), torch.float32)
@@ -183,6 +202,23 @@ def test_every_text_is_encoded_once(
     monkeypatch.setattr(LocalEncoder, "run", lambda *_: pytest.fail("encoded again"))
     vectors = make_cached(mpnet_dir, tmp_path).vectors(sentences[:70][::-1])
     np.testing.assert_allclose(vectors, load(find(mpnet_dir)).encode(sentences[:70])[::-1], atol=1e-3)
+
+
+def test_what_another_process_encoded_meanwhile_is_not_encoded_again(
+    mpnet_dir: Path, sentences: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, other = make_cached(mpnet_dir, tmp_path), make_cached(mpnet_dir, tmp_path)
+    cached.encoder.window = 10
+    some = [sentences[0], *sentences[:35]]
+    writing = EmbeddingCache.writing
+
+    def late(self: EmbeddingCache) -> Any:
+        if self is cached.cache():
+            assert other.encode_missing(some[:30]) == 29
+        return writing(self)
+
+    monkeypatch.setattr(EmbeddingCache, "writing", late)
+    assert cached.encode_missing(some) == 6
 
 
 def test_windows_hold_what_is_missing_in_order_each_text_once(tmp_path: Path) -> None:

@@ -5,17 +5,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from embedistill import compare, distill, evaluate, load_recipe, pipeline, stages
+from embedistill import compare, distill, evaluate, load_recipe, pipeline, precomputation, stages
+from embedistill.cache.store import EmbeddingCache
+from embedistill.encoding.cluster import TeacherSpec
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
 from embedistill.evaluation.tasks import load_task
+from embedistill.precomputation import encode_corpus
 from embedistill.report.document import load_report
 
 RUN = """
@@ -311,3 +316,49 @@ def test_runs_without_a_common_task_cannot_be_compared(finished: Path, recipe_fi
     distill(load_recipe(recipe_file, "evaluation.tasks=[agreement]", "seed=9", "search=null"), tmp_path / "other")
     with pytest.raises(UsageError, match="no task with the same items"):
         compare(finished / "run", tmp_path / "other")
+
+
+def test_a_recipe_hands_its_corpus_to_the_engine_it_names(
+    recipe_file: Path, corpus_file: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def encode_on_ray(
+        texts: Iterator[str], kind: str, cache: EmbeddingCache, spec: TeacherSpec, **settings: Any
+    ) -> int:
+        calls.append((kind, len(set(texts)), cache.storage, spec.name, settings))
+        return 7
+
+    monkeypatch.setattr(precomputation, "encode_on_ray", encode_on_ray)
+    settings = ["encoding.engine=ray", "encoding.workers=3", "encoding.gpus=0.5", "encoding.store=s3://b/e"]
+    recipe = load_recipe(recipe_file, *settings, "encoding.storage=int8")
+    assert encode_corpus(recipe, tmp_path / "cache") == 14
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    given = {"store": "s3://b/e", "workers": 3, "cores": 1, "gpus": 0.5}
+    assert calls == [
+        (kind, len({row[column] for row in rows}), "int8", str(teacher_dir), given)
+        for kind, column in (("document", "body"), ("query", "title"))
+    ]
+
+
+def test_vectors_that_cannot_be_trained_on_are_left_out_and_said(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = LocalEncoder.run
+
+    def spoil(self: LocalEncoder, prepared: Any, advance: Any = lambda _: None) -> Any:
+        encoded, effort = run(self, prepared, advance)
+        encoded.norms[:2] = [np.nan, 0]
+        return encoded, effort
+
+    monkeypatch.setattr(LocalEncoder, "run", spoil)
+    recipe = load_recipe(recipe_file, "training.epochs=0.1", "search=null", "evaluation.tasks=[agreement]")
+    done = distill(recipe, tmp_path / "run", tmp_path / "cache")
+    targets = json.loads((tmp_path / "run" / "targets.json").read_text())
+    assert (targets["counts"]["not-finite"], targets["counts"]["zero-norm"]) == (2, 2)  # of documents and of queries
+    assert {kind: len(numbers) for kind, numbers in targets["dropped"].items()} == {"document": 2, "query": 2}
+    assert len(targets["examples"]["not-finite"]) == 2
+    assert done.report.corpus["vectors zero-norm"] == 2
+    line = pipeline._Line(recipe, tmp_path / "run", tmp_path / "cache")
+    for kind, texts in line.training_texts.items():
+        assert len(texts) == len(line.encoded_texts[kind]) - 2

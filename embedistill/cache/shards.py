@@ -79,12 +79,13 @@ class Shard:
                 raise pa.ArrowInvalid(f"columns {table.schema.types}")
             table.validate()
             columns = {name: table[name].chunk(0) for name in table.column_names}
-        except (OSError, IndexError, pa.ArrowException) as error:
-            raise EmbedistillError(f"shard {path}", str(error), "a shard as it was written") from error
-        metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+            metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+            self.worst_cosine = float(metadata["cosine"])
+            self._scale = np.array(json.loads(metadata["scale"]), np.float32) if "scale" in metadata else None
+        except (OSError, IndexError, KeyError, AttributeError, ValueError, pa.ArrowException) as error:
+            do = "see: embedistill cache verify"
+            raise EmbedistillError(f"shard {path}", str(error), "a shard as it was written", do) from error
         self._path, self._dim, self._storage, self._rows = path, dim, storage, len(table)
-        self._scale = np.array(json.loads(metadata["scale"]), np.float32) if "scale" in metadata else None
-        self.worst_cosine = float(metadata["cosine"])
         values = columns["vector"].values
         parts = {"vector": values, **{name: columns[name] for name in ("text", "norm", "cut")}}
         self._offsets = {name: part.buffers()[1].address - content.address for name, part in parts.items()}
@@ -153,8 +154,11 @@ def list_shards(folder: Path) -> dict[str, int]:
 
 
 def is_intact(path: Path) -> bool:
-    """Say whether a shard's bytes are those that it was written with."""
-    return sha256_file(path) == path.stem
+    """Say whether a shard's bytes can be read and are those that it was written with."""
+    try:
+        return sha256_file(path) == path.stem
+    except OSError:
+        return False
 
 
 def _schema(dim: int, storage: Storage) -> Any:

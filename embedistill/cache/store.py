@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from embedistill.cache.shards import SUFFIX, Encoded, Shard, Vectors, list_shards, write_shard
 from embedistill.errors import EmbedistillError
-from embedistill.files import fingerprint, read_json, write_json, written_aside
+from embedistill.files import fingerprint, make_folder, read_json, sha256_file, write_json, written_aside
 from embedistill.progress import note
 
 MANIFEST = "manifest.json"
@@ -29,7 +30,9 @@ Rows = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.bytes_]
 """The sha256 of texts, 32 bytes each."""
 
-_RECENT_ROWS = 65_536
+_HOUR = 3600.0
+_RECENT_ROWS = (65_536, 1_048_576)
+_RECENT_SHARDS = 512
 _MERGE_SHARE = 4
 _MERGED_ROWS = 65_536
 
@@ -46,6 +49,7 @@ class EmbeddingCache:
 
     _names: list[str]  # of the shards; their places are the numbers in `Rows`
     _numbers: dict[str, int]
+    _n_indexed: int  # shards that the index covers, the first of them
     _texts: Hashes  # mapped from the index, sorted
     _rows: Rows
     _recent_texts: Hashes  # of the shards that the index lacks, sorted
@@ -55,10 +59,10 @@ class EmbeddingCache:
         self.key = fingerprint(encoding)
         self.dim, self.storage = int(encoding["dim"]), encoding.get("storage_dtype", "float16")
         self.folder = root / self.key
+        make_folder(self.folder)
         if not (self.folder / MANIFEST).is_file():
             write_json(self.folder / MANIFEST, dict(encoding))
-        with suppress(OSError):
-            os.utime(self.folder / MANIFEST)  # last used
+        self._touch()
         self._shards: dict[str, Shard] = {}
         self._forget()
         self._load_index()
@@ -106,6 +110,8 @@ class EmbeddingCache:
 
     def read(self, rows: Rows) -> Vectors:
         """Read vectors from the mapped shards, shape (n_rows, dim)."""
+        if time.monotonic() - self._touched > _HOUR:
+            self._touch()
         vectors = np.empty((len(rows), self.dim), np.float32)
         for here, shard, inner in self._by_shard(rows):
             vectors[here] = shard.read(inner)
@@ -135,9 +141,17 @@ class EmbeddingCache:
         except filelock.Timeout:
             note(f"Cache {self.folder}: another process is encoding into it; waiting for it to end")
             lock.acquire()
-        with lock:
+        try:
             self.refresh()
             yield
+        finally:
+            lock.release()
+
+    def _touch(self) -> None:
+        """Say that the cache is in use: `prune` goes by it."""
+        self._touched = time.monotonic()
+        with suppress(OSError):
+            os.utime(self.folder / MANIFEST)
 
     def _find(self, texts: Sequence[str]) -> Rows:
         hashes = hash_texts(texts)
@@ -168,31 +182,36 @@ class EmbeddingCache:
             texts.append(hashes)
             rows.append((np.int64(self._numbers[name]) << 32) + np.arange(len(hashes), dtype=np.int64))
         self._recent_texts, self._recent_rows = _sort(texts, rows)
-        if len(self._recent_texts) > max(_RECENT_ROWS, len(self._texts) // _MERGE_SHARE):
+        least, most = _RECENT_ROWS
+        many = len(self._recent_texts) > min(most, max(least, len(self._texts) // _MERGE_SHARE))
+        if many or len(self._names) - self._n_indexed > _RECENT_SHARDS:
             with suppress(OSError):  # a full or read-only disk: the index stays in memory
                 self._write_index()
 
     def _forget(self) -> None:
         self._names = []
         self._numbers = {}
+        self._n_indexed = 0
         self._texts, self._rows = np.empty(0, "S32"), np.empty(0, np.int64)
         self._recent_texts, self._recent_rows = np.empty(0, "S32"), np.empty(0, np.int64)
         self._shards.clear()
 
-    def _load_index(self) -> None:
-        """Map the index, if it is there and of shards that are there as they were."""
+    def _load_index(self, names: Sequence[str] | None = None) -> None:
+        """Map the index, if it is whole, of shards that are there as they were, and of those named if any are."""
         index = self.folder / INDEX
         try:
-            covered: dict[str, int] = read_json(index / "shards.json")
+            contents = read_json(index / "contents.json")
             texts: Hashes = np.load(index / "texts.npy", mmap_mode="r", allow_pickle=False)
             rows: Rows = np.load(index / "rows.npy", mmap_mode="r", allow_pickle=False)
+            whole = all(sha256_file(index / file) == digest for file, digest in contents["sha256"].items())
         except (OSError, ValueError):
             return  # it is made again
-        there = list_shards(self.folder)
-        if len(texts) == len(rows) and all(there.get(name) == size for name, size in covered.items()):
+        there, covered = list_shards(self.folder), contents["shards"]
+        as_named = names is None or list(covered) == list(names)
+        if whole and as_named and all(there.get(name) == size for name, size in covered.items()):
             self._forget()
             self._texts, self._rows = texts, rows
-            self._names = list(covered)
+            self._names, self._n_indexed = list(covered), len(covered)
             self._numbers = {name: number for number, name in enumerate(covered)}
 
     def _write_index(self) -> None:
@@ -201,10 +220,11 @@ class EmbeddingCache:
         sizes = {name: (self.folder / (name + SUFFIX)).stat().st_size for name in self._names}
         with written_aside(self.folder / INDEX) as part:
             part.mkdir()
-            write_json(part / "shards.json", sizes)
             _write_merged(part / "texts.npy", self._texts, self._recent_texts, places)
             _write_merged(part / "rows.npy", self._rows, self._recent_rows, places)
-        self._load_index()
+            sums = {file: sha256_file(part / file) for file in ("texts.npy", "rows.npy")}
+            write_json(part / "contents.json", {"shards": sizes, "sha256": sums})
+        self._load_index(self._names)
 
 
 def hash_texts(texts: Sequence[str]) -> Hashes:

@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedistill.cache.shards import SUFFIX, Encoded, Shard, is_intact, list_shards
@@ -94,6 +95,8 @@ def prune_caches(root: Path, *, older_than: float | None = None, keep: int | Non
         older_than: Delete those that were not used for so many seconds.
         keep: Then delete until this many bytes are left.
     """
+    for part in root.glob(f".*{PART}"):  # an encoding that a kill left half deleted
+        remove(part)
     for folder in _folders(root):
         _sweep(folder)
     facts = list_caches(root)
@@ -111,7 +114,7 @@ def export_vectors(cache: EmbeddingCache, texts: Iterable[str], target: Path) ->
     """Write the texts that have a vector, once each, to one parquet file with `text` and `embedding`; return how many.
 
     The encoding is in the file's metadata, so that `import_vectors` knows whose vectors they are. Memory is constant
-    but for 32 bytes a text.
+    but for some 100 bytes a text.
     """
     vector = pa.list_(pa.float16() if cache.storage == "float16" else pa.float32(), cache.dim)
     encoding = read_json(cache.folder / MANIFEST)
@@ -173,11 +176,19 @@ def read_embeddings(
         names = ", ".join(parquet.schema_arrow.names)
         raise UsageError(str(file), f"no column {absent[0]!r}", f"one of: {names}", "name the columns")
     for batch in parquet.iter_batches(_ROWS, columns=[text_column, embedding_column]):
-        column = batch.column(embedding_column)
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        if column.null_count or not len(batch) or len(flat) % len(batch):
+        texts, column = batch.column(text_column), batch.column(embedding_column)
+        if not pa.types.is_string(texts.type) and not pa.types.is_large_string(texts.type):
+            raise UsageError(str(file), f"{text_column} is of {texts.type}", "strings", "name another column")
+        if not _is_list_of_numbers(column.type):
+            raise UsageError(
+                str(file), f"{embedding_column} is of {column.type}", "lists of numbers", "name another column"
+            )
+        if texts.null_count or column.null_count:
+            raise UsageError(str(file), "a row without text or vector", "one of each in every row", "leave the row out")
+        if len(pc.list_value_length(column).unique()) > 1:
             raise UsageError(str(file), f"{embedding_column} has rows of different lengths", "vectors of one dimension")
-        yield batch.column(text_column).to_pylist(), flat.reshape(len(batch), -1).astype(np.float32)
+        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(batch), -1)
+        yield texts.to_pylist(), vectors.astype(np.float32)
 
 
 def _open_parquet(file: Path) -> Any:
@@ -189,8 +200,14 @@ def _open_parquet(file: Path) -> Any:
         raise UsageError(str(file), str(error), "a parquet file") from None
 
 
+def _is_list_of_numbers(kind: Any) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    numbers: bool = lists and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    return numbers
+
+
 def _folders(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    return sorted(path.parent for path in root.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
 
 
 def _shards_of(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,15 +82,17 @@ class CachedTeacher:
             if first is None:
                 return 0
             stack.enter_context(cache.writing())
-            first = cache.missing(first)  # another process may have been at work
+            windows = map(cache.missing, chain([first], windows))  # another process may have been at work
             advance = stack.enter_context(progress_bar("teacher encodes", total, "texts"))
             ahead = stack.enter_context(ThreadPoolExecutor(1))
-            at_work = (first, ahead.submit(encoder.prepare, first, kind))
-            for window in windows:
+            at_work: tuple[Sequence[str], Future[Any]] | None = None
+            for window in filter(None, windows):
                 following = (window, ahead.submit(encoder.prepare, window, kind))
-                effort += self._finish(cache, *at_work, advance)
+                if at_work:
+                    effort += self._finish(cache, *at_work, advance)
                 at_work = following
-            effort += self._finish(cache, *at_work, advance)
+            if at_work:
+                effort += self._finish(cache, *at_work, advance)
         if effort.texts:
             effort = replace(effort, seconds=time.perf_counter() - start)
             peak = measure_products()[encoder.dtype] if effort.flops and effort.texts >= _WORTH_MEASURING else None
@@ -127,8 +129,6 @@ class CachedTeacher:
     def _finish(
         self, cache: EmbeddingCache, texts: Sequence[str], prepared: Future[Any], advance: Callable[[int], None]
     ) -> Effort:
-        if not texts:
-            return Effort()
         encoded, effort = self.encoder.run(prepared.result(), advance)
         check_finite(texts, encoded)
         cache.add(texts, encoded)

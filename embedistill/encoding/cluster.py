@@ -71,7 +71,7 @@ def encode_on_ray(
     """Encode the texts that the cache and the store lack, each once, on a Ray cluster, and return how many that were.
 
     What was encoded is in both afterwards. Shards are kept whatever happens to this process, the workers or the nodes:
-    the next call encodes only what is lacking. Here, memory is 100 bytes a text.
+    the next call encodes only what is lacking. Here, memory is some 250 bytes a text.
 
     Args:
         texts: Any number of texts.
@@ -97,8 +97,8 @@ def encode_on_ray(
         return 0
     ray = _import_ray()
     with cache.writing(), _work_folder(cache, url) as work:
-        first = cache.missing(first)  # another process may have been at work
-        tasks = _write_windows(chain([first] if first else [], windows), work)
+        lacking = map(cache.missing, chain([first], windows))  # another process may have been at work
+        tasks = _write_windows(filter(None, lacking), work)
         spec = replace(spec, name=_absolute(spec.name) if Path(spec.name).is_dir() else spec.name)
         manifest = read_json(cache.folder / MANIFEST)
         worker = {"spec": spec, "kind": kind, "manifest": manifest, "target": f"{url}/{cache.key}", "cores": cores}
@@ -240,15 +240,17 @@ def _work_folder(cache: EmbeddingCache, url: str) -> Iterator[str]:
     try:
         yield work
     finally:
-        _sweep(work)
-        running.unlink(missing_ok=True)
+        if _sweep(work):
+            running.unlink(missing_ok=True)
 
 
-def _sweep(work: str) -> None:
+def _sweep(work: str) -> bool:
     try:
         remove_folder(work)
     except (EmbedistillError, OSError) as error:
-        note(f"Texts of a run are left behind: {error}")
+        note(f"Texts of a run are left behind until the next: {error}")
+        return False
+    return True
 
 
 def _write_windows(windows: Iterable[Sequence[str]], work: str) -> dict[str, int]:

@@ -14,11 +14,11 @@ _FORMATS = (torch.float32, torch.bfloat16)
 _WORTHWHILE = 1.25
 
 
-def choose_dtype(wanted: Dtype, seconds: float = 2.0) -> torch.dtype:
+def choose_dtype(wanted: Dtype) -> torch.dtype:
     """Return the number format for matrix products: with auto, bfloat16 where it is measured faster by a quarter."""
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
-    rates = measure_products(seconds)
+    rates = measure_products()
     return torch.bfloat16 if rates[torch.bfloat16] > _WORTHWHILE * rates[torch.float32] else torch.float32
 
 
@@ -26,14 +26,21 @@ def choose_dtype(wanted: Dtype, seconds: float = 2.0) -> torch.dtype:
 def measure_products(seconds: float = 2.0, size: int = 2048) -> dict[torch.dtype, float]:
     """Return the flop/s of square matrix products by number format, on the device that models are loaded to.
 
-    The formats take turns, so that a busy machine slows both alike; in most of two seconds nothing else is measured.
+    The formats take turns, so that a busy machine slows both alike.
     """
+    quick = _time_products(0.0, 256)
+    if quick[torch.bfloat16] < quick[torch.float32] / 2:  # a processor without: a large product would take a minute
+        return quick
+    return _time_products(seconds, size)
+
+
+def _time_products(seconds: float, size: int) -> dict[torch.dtype, float]:
     device = find_device()
     factors = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in _FORMATS}
     spent, done = dict.fromkeys(_FORMATS, 0.0), dict.fromkeys(_FORMATS, 0)
     for matrix in factors.values():
         matrix @ matrix
-    while sum(spent.values()) < seconds:
+    while not all(done.values()) or sum(spent.values()) < seconds:
         for dtype, matrix in factors.items():
             start = time.perf_counter()
             matrix @ matrix

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
 
 from embedistill.cache.shards import Encoded, Storage, Vectors
 from embedistill.encoding.packed import PackedBody, can_pack, count_flops
 from embedistill.progress import note
-from embedistill.teacher import Kind, LocatedModel, find_prompt, load
+from embedistill.teacher import Kind, LocatedModel, encode, find_prompt, load
 
 Batch = tuple[Sequence[int], Vectors, int]
 """Numbers of the texts of a batch, their vectors, and how many tokens of padding it had."""
@@ -82,7 +88,8 @@ class LocalEncoder:
     """A teacher that runs here.
 
     Layers run in `dtype`; pooling and all that follows it in fp32. A BERT-like model on processors runs without
-    padding, a batch a core; another one, or one on an accelerator, in padded batches of like length.
+    padding, a batch a core; another one, or one on an accelerator, in padded batches of like length. What is no
+    transformer with pooling (a Router, static embeddings, padding on the left) is left to sentence-transformers.
 
     Args:
         located: The teacher.
@@ -108,13 +115,27 @@ class LocalEncoder:
 
     @functools.cached_property
     def _body(self) -> Any:
-        """The first module in the number format of the layers."""
-        return self.model[0] if self.dtype == torch.float32 else copy.deepcopy(self.model[0]).to(self.dtype)
+        """The first module in the number format of the layers; nothing else needs it in fp32."""
+        return self.model[0].to(self.dtype)
 
-    @property
+    @functools.cached_property
+    def _whole(self) -> SentenceTransformer:
+        """The model as sentence-transformers runs it, in the number format of the layers."""
+        return load(self.located, self.dtype)
+
+    @functools.cached_property
     def _tokenised(self) -> bool:
-        first = self.model[0]
-        return isinstance(first, Transformer) and getattr(first.tokenizer, "padding_side", "") == "right"
+        """Whether it is a transformer on right-padded tokens and modules that need its last hidden states alone."""
+        first, *others = self.model
+        return (
+            type(first) is Transformer
+            and first.module_output_name == "token_embeddings"
+            and first.query_length is None
+            and first.document_length is None
+            and getattr(first.tokenizer, "padding_side", "") == "right"
+            and self.model.truncate_dim is None
+            and all(type(module) in {Pooling, Dense, Normalize, LayerNorm, Dropout} for module in others)
+        )
 
     def describe(self, kind: Kind, storage: Storage) -> dict[str, Any]:
         """Return everything that changes a vector: the key of a cache.
@@ -201,8 +222,8 @@ class LocalEncoder:
             numbers = batches.pop()
             try:
                 vectors = self._run_one_padded([prepared.ids[number] for number in numbers], prepared.extra)
-            except torch.OutOfMemoryError:
-                if len(numbers) == 1:
+            except RuntimeError as error:
+                if len(numbers) == 1 or "out of memory" not in str(error).lower():
                     raise
                 torch.cuda.empty_cache()  # nothing where there is no CUDA
                 self._padded_tokens //= 2
@@ -231,10 +252,11 @@ class LocalEncoder:
         return self._pool(features.pop("token_embeddings").float(), given["attention_mask"], extra)
 
     def _run_plain(self, prepared: Prepared) -> Iterator[Batch]:
-        model = self.model
-        encode = {"plain": model.encode, "query": model.encode_query, "document": model.encode_document}[prepared.kind]
-        vectors = encode(list(prepared.texts), batch_size=1024, show_progress_bar=False)
-        yield range(len(prepared.texts)), np.asarray(vectors, np.float32), 0
+        order = sorted(range(len(prepared.texts)), key=lambda number: -len(prepared.texts[number]))
+        for start in range(0, len(order), _TOKENISED_TOGETHER):
+            numbers = order[start : start + _TOKENISED_TOGETHER]
+            texts = [prepared.texts[number] for number in numbers]
+            yield numbers, encode(self._whole, texts, prepared.kind, unit=False), 0
 
     @torch.inference_mode()
     def _pool(self, hidden: torch.Tensor, mask: torch.Tensor | None, extra: dict[str, Any]) -> Vectors:
