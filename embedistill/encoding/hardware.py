@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Literal
 
@@ -22,11 +21,11 @@ def choose_dtype(wanted: Dtype) -> torch.dtype:
     return torch.bfloat16 if rates[torch.bfloat16] > _WORTHWHILE * rates[torch.float32] else torch.float32
 
 
-@functools.cache
 def measure_products(seconds: float = 2.0, size: int = 2048) -> dict[torch.dtype, float]:
     """Return the flop/s of square matrix products by number format, on the device that models are loaded to.
 
-    The formats take turns, so that a busy machine slows both alike.
+    The formats take turns, so that a busy machine slows both alike. It holds for the moment: measure beside what is
+    compared with it.
     """
     quick = _time_products(0.0, 256)
     if quick[torch.bfloat16] < quick[torch.float32] / 2:  # a processor without: a large product would take a minute
