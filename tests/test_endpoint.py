@@ -367,7 +367,7 @@ def test_a_refused_key_is_not_shown(
     assert server.keys == {f"Bearer {KEY}"}
     assert len(server.bodies) == 1
     seen = ["".join(traceback.format_exception(caught.value)), repr(encoder), caplog.text, *capsys.readouterr()]
-    assert "openai" in caplog.text
+    assert any(record.name.startswith("openai") for record in caplog.records)  # it was asked to say all
     assert KEY not in "".join(seen)
 
 

@@ -33,7 +33,7 @@ Hashes = npt.NDArray[np.bytes_]
 _HOUR = 3600.0
 _RECENT_ROWS = (65_536, 1_048_576)
 _RECENT_SHARDS = 512
-_MERGE_SHARE = 4
+_MERGE_SHARE = 16
 _MERGED_ROWS = 65_536
 
 
