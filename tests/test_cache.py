@@ -163,7 +163,8 @@ def test_verify_finds_a_flipped_byte_names_the_shard_and_only_its_texts_are_miss
     content = bytearray(shard.read_bytes())
     content[content.index(encoded(2).vectors.astype(np.float16).tobytes())] ^= 1
     shard.write_bytes(content)
-    assert verify_caches(tmp_path, "0123456789") == []  # a key that no encoding has
+    with pytest.raises(UsageError, match="0 of that key"):
+        verify_caches(tmp_path, "xyz")
     assert verify_caches(tmp_path) == [shard]
     assert shard.with_suffix(".damaged").read_bytes() == content
     assert EmbeddingCache(tmp_path, ENCODING).missing(["a", "b", "c"]) == ["a", "b"]

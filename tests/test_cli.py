@@ -80,6 +80,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(
         (("cache", "prune", "--older-than", "soon"), "--older-than: 'soon'; expected a number and one of m, h, d, w"),
         (("cache", "prune", "--keep", "20"), "--keep: '20'; expected a number and one of MB, GB, TB"),
         (("cache", "export", "0", "out.parquet", "--source", "nowhere.txt"), "no such file"),
+        (("cache", "verify", "xyz"), "0 of that key; expected one of: none"),
         (("cache", "import", "nowhere.parquet"), "nowhere.parquet: no such file"),
     ]
     for arguments, message in cases:

@@ -75,8 +75,15 @@ def verify_caches(root: Path, key: str = "") -> list[Path]:
     """Read every shard, and set aside those whose bytes changed since they were written; return these.
 
     Their texts are encoded again by the next run that needs them. `key` is the beginning of the keys to read.
+
+    Raises:
+        UsageError: No encoding has such a key.
     """
-    shards = [path for folder in _folders(root) if folder.name.startswith(key) for path in _shards_of(folder)]
+    folders = [folder for folder in _folders(root) if folder.name.startswith(key)]
+    if key and not folders:
+        keys = ", ".join(folder.name[:12] for folder in _folders(root)) or "none"
+        raise UsageError(f"cache {key!r} in {root}", "0 of that key", f"one of: {keys}")
+    shards = [path for folder in folders for path in _shards_of(folder)]
     damaged = []
     with progress_bar("verifying", len(shards), "shards") as advance:
         for path in shards:
