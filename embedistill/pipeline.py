@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill.architectures import read_config, with_sizes
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
@@ -38,19 +39,16 @@ from embedistill.evaluation.tasks import (
 from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
 from embedistill.precomputation import encode_missing
 from embedistill.progress import note
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, Dtype, Recipe, dump_recipe
+from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, ShapeSection, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stages, check_space, hold_folder, list_versions
-from embedistill.student import (
-    build_student,
-    check_plan,
-    fit_pca,
-    load_projection,
-    project,
-    save_student,
-)
+from embedistill.student.building import add_head, build_student, list_body
+from embedistill.student.head import fit_pca, project
+from embedistill.student.planning import TransformerPlan, plan_transformer
+from embedistill.student.saving import load_projection, save_student
+from embedistill.student.static import build_static
 from embedistill.teacher import (
     Kind,
     LocatedModel,
@@ -63,10 +61,11 @@ from embedistill.teacher import (
 )
 from embedistill.training.loop import Schedule, train
 
-_HEAD_TEXTS = 1_500
+_FIT_TEXTS = 5_000
 _PCA_TEXTS = 20_000
 _SPEED_TEXTS = 64
 TARGETS = "targets.json"
+ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
 _EXAMPLES = 10
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
@@ -105,6 +104,9 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         corpus = stages.run("corpus", line.read, found, ["corpus.parquet"])
         teacher = [line.located.weights_sha256, line.located.settings_sha256]
         encoded = stages.run("encode", line.encode, [corpus, *teacher], [TARGETS])
+        if recipe.student.via:
+            begun = stages.run("assistant", line.build_assistant, [encoded], [ASSISTANT])
+            encoded = stages.run("assistant training", line.train_assistant, [begun], [TRAINED_ASSISTANT])
         built = stages.run("student", line.build, [encoded], ["untrained"])
         trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
         scored = stages.run("evaluation", line.evaluate, [trained], ["results"])
@@ -126,7 +128,8 @@ class _Line:
             do = "its embeddings can be had: embedistill encode"
             raise UsageError("teacher.api", found, "teacher.model: a folder or a model id", do)
         self.located = self._locate(recipe.teacher.model, recipe.teacher.revision)
-        self.layers = check_plan(self.located.path, recipe.student.layers, recipe.student.embedding_size)
+        self.assistant_plan, self.plan = self._plan()
+        self.start = None if recipe.student.origin in {"teacher", "static"} else self._locate(recipe.student.origin)
         self.baselines = {name: self._locate(name) for name in recipe.evaluation.baselines}
         dtype = self._choose_dtype("teacher", recipe.teacher.dtype)
         self.teacher = CachedTeacher(
@@ -135,6 +138,18 @@ class _Line:
 
     def _locate(self, name: str, revision: str | None = None) -> LocatedModel:
         return locate(name, revision, models_dir=self.cache_dir / "models")
+
+    def _plan(self) -> tuple[TransformerPlan | None, TransformerPlan | None]:
+        """Check the sizes of the assistant and the student against what they are made of."""
+        section = self.recipe.student
+        if section.origin != "teacher":
+            return None, None
+        config = read_config(self.located.path)
+        assistant = None
+        if section.via:
+            assistant = _plan_section(config, section.via, "student.via")
+            config = with_sizes(config, assistant.sizes)
+        return assistant, _plan_section(config, section, "student")
 
     def _choose_dtype(self, role: str, wanted: Dtype) -> torch.dtype:
         name = self.stages.choose(f"{role}_dtype", lambda: str(choose_dtype(wanted)).removeprefix("torch."))
@@ -244,46 +259,77 @@ class _Line:
             raise UsageError("encoding.drop", found, "two at the very least", f"see {self.folder / TARGETS}")
         return {"counts": counts, "examples": examples, "rules": self.recipe.encoding.drop, "dropped": dropped}
 
+    def build_assistant(self) -> dict[str, Any]:
+        return self._build(load(self.located), cast(TransformerPlan, self.assistant_plan), ASSISTANT)
+
+    def train_assistant(self) -> None:
+        via = cast(AssistantSection, self.recipe.student.via)
+        self._train(ASSISTANT, TRAINED_ASSISTANT, via.share)
+
     def build(self) -> dict[str, Any]:
-        size = self.recipe.student.embedding_size
-        teacher = load(self.located)
+        source = self._load(TRAINED_ASSISTANT) if self.recipe.student.via else load(self.located)
+        return self._build(source, self.plan, "untrained")
+
+    def _build(self, source: SentenceTransformer, plan: TransformerPlan | None, name: str) -> dict[str, Any]:
+        """Build an untrained model out of a source, and save it."""
+        section = self.recipe.student
+        inputs, vectors = self._sample(source)
+        size = section.embedding_size
+        projection = fit_pca(vectors, size) if size and size < vectors.shape[1] else None
+        texts, vectors = inputs[:_FIT_TEXTS], vectors[:_FIT_TEXTS]
+        targets, counted = project(vectors, projection), self._list_inputs(source)
+        layers: list[int] | None = None
+        if plan:
+            student, layers = build_student(source, plan, texts, vectors, projection=projection, counted=counted)
+        elif self.start:
+            student = add_head(list_body(load(self.start)), source, texts, targets)
+        else:
+            student = build_static(source, texts, targets, vocabulary_size=section.vocabulary_size, counted=counted)
+        self._save(student, self.folder / name, projection, layers)
+        return {"layers": layers}
+
+    def _sample(self, model: SentenceTransformer) -> tuple[list[str], Embeddings]:
+        """Return some training texts as the model sees them, in random order, and the teacher's vectors of them."""
         inputs, vectors = [], []
         share = _PCA_TEXTS / sum(len(texts) for texts in self.training_texts.values())
         for kind, texts in self.training_texts.items():
             some = texts[: math.ceil(share * len(texts))]
-            inputs += [find_prompt(teacher, kind) + text for text in some]
+            inputs += [find_prompt(model, kind) + text for text in some]
             vectors.append(self.teacher.vectors(some, kind))
         order = np.random.default_rng(self.recipe.seed).permutation(len(inputs))
-        found = np.concatenate(vectors)[order]
-        projection = fit_pca(found, size) if size and size < found.shape[1] else None
-        head = [inputs[number] for number in order[:_HEAD_TEXTS]]
-        student = build_student(teacher, self.layers, head, project(found[:_HEAD_TEXTS], projection))
-        self._save(student, self.folder / "untrained", projection)
-        return {"layers": self.layers}
+        return [inputs[number] for number in order], np.concatenate(vectors)[order]
+
+    def _list_inputs(self, model: SentenceTransformer) -> list[str]:
+        """Return the training texts as the model sees them."""
+        return [find_prompt(model, kind) + text for kind, texts in self.training_texts.items() for text in texts]
 
     def train(self) -> None:
+        via = self.recipe.student.via
+        self._train("untrained", "model", 1 - via.share if via else 1.0)
+
+    def _train(self, name: str, trained: str, share: float) -> None:
+        """Train a model on the cache for a share of the time, and save it under another name."""
         section = self.recipe.training
-        student = self._load("untrained")
-        projection = load_projection(self.folder / "untrained")
+        student = self._load(name)
+        projection = load_projection(self.folder / name)
         for kind, texts in self.training_texts.items():
             encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
         targets = self.teacher.open_targets(self.training_texts)
-        schedule = Schedule(
-            **section.model_dump(exclude={"objectives", "temperature", "dtype"}),
-            seed=self.recipe.seed,
-            dtype=self._choose_dtype("student", section.dtype),
-        )
+        settings = section.model_dump(exclude={"objectives", "temperature", "dtype"})
+        settings["epochs"] = share * section.epochs
+        settings["minutes"] = share * section.minutes if section.minutes else None
         train(
             student,
-            [find_prompt(student, kind) + text for kind, texts in self.training_texts.items() for text in texts],
+            self._list_inputs(student),
             lambda batch: project(targets(batch), projection),
             weights={"embedding": section.objectives.embedding, "similarity": section.objectives.similarity},
             temperature=section.temperature,
-            schedule=schedule,
+            schedule=Schedule(**settings, seed=self.recipe.seed, dtype=self._choose_dtype("student", section.dtype)),
             work_dir=self.folder / "checkpoints" / self.stages.current[:12],
-            log_path=self.folder / "training_log.jsonl",
+            log_path=self.folder / ("training_log.jsonl" if trained == "model" else f"{trained}_log.jsonl"),
         )
-        self._save(student, self.folder / "model", projection)
+        layers = read_json(self.folder / name / "embedistill.json")["layers"]
+        self._save(student, self.folder / trained, projection, layers)
         remove(self.folder / "checkpoints")
 
     def evaluate(self) -> dict[str, Any]:
@@ -364,15 +410,23 @@ class _Line:
     def _load(self, name: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
         return SentenceTransformer(str(self.folder / name), model_kwargs={"dtype": dtype}, local_files_only=True)
 
-    def _save(self, student: SentenceTransformer, folder: Path, projection: Embeddings | None) -> None:
+    def _save(
+        self, student: SentenceTransformer, folder: Path, projection: Embeddings | None, layers: list[int] | None
+    ) -> None:
         space = {
             "teacher": self.located.name,
             "weights_sha256": self.located.weights_sha256,
-            "layers": self.layers,
+            "from": self.recipe.student.origin,
+            "layers": layers,
         }
         with written_aside(folder) as part:
             part.mkdir()
             save_student(student, part, projection, space)
+
+
+def _plan_section(config: Mapping[str, Any], section: ShapeSection, where: str) -> TransformerPlan:
+    sizes = {name: getattr(section, name) for name in ShapeSection.model_fields}
+    return plan_transformer(config, **sizes, where=where)
 
 
 def _texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:

@@ -53,7 +53,7 @@ KILLS = [
     ("embedistill.corpus.records:pq.write_table", 1),
     ("embedistill.cache.shards:written_aside", 1),
     ("embedistill.pipeline:find_faults", 1),
-    ("embedistill.student:np.save", 1),
+    ("embedistill.student.saving:np.save", 1),
     ("embedistill.training.objectives:DistillationLoss.forward", 14),
     ("embedistill.pipeline:save_result", 3),
     ("embedistill.pipeline:write_page", 1),

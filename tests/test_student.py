@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,40 +10,49 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 
+from embedistill.architectures import Sizes, find_words, read_config
 from embedistill.errors import UsageError
-from embedistill.student import (
-    build_student,
-    check_plan,
-    count_layers,
-    fit_pca,
-    load_projection,
-    project,
-    save_student,
-    solve_ridge,
-)
+from embedistill.student.building import add_head, build_student, list_body
+from embedistill.student.head import fit_pca, project, solve_ridge
+from embedistill.student.planning import TransformerPlan, plan_transformer
+from embedistill.student.saving import count_layers, load_projection, save_student
+from embedistill.student.static import build_static
 
 RNG = np.random.default_rng(0)
+
+
+SIZES = Sizes(2, 32, 4, 64, 266)
+
+
+def open_teacher(request: pytest.FixtureRequest, name: str) -> SentenceTransformer:
+    return SentenceTransformer(str(request.getfixturevalue(name)), device="cpu")
+
+
+def sizes_of(teacher: SentenceTransformer, **changed: int) -> Sizes:
+    return replace(SIZES, vocabulary_size=len(teacher.tokenizer), **changed)
 
 
 @pytest.mark.parametrize("architecture", ["teacher_dir", "mpnet_dir"])
 def test_kept_whole_with_its_own_space_the_student_is_the_teacher(
     architecture: str, request: pytest.FixtureRequest, sentences: list[str]
 ) -> None:
-    teacher = SentenceTransformer(str(request.getfixturevalue(architecture)), device="cpu")
+    teacher = open_teacher(request, architecture)
     expected = teacher.encode(sentences)
-    student = build_student(teacher, [0, 1, 2, 3], sentences, expected)
+    plan = TransformerPlan(sizes_of(teacher, layers=4), [0, 1, 2, 3])
+    student, layers = build_student(teacher, plan, sentences, expected)
     headless = SentenceTransformer(modules=[student[0], student[1], Normalize()], device="cpu")
     np.testing.assert_allclose(headless.encode(sentences), expected, atol=1e-5)
     assert (student.encode(sentences) * expected).sum(1).min() > 0.95  # the head has learnt the identity
+    assert layers == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("architecture", ["teacher_dir", "mpnet_dir"])
 def test_layers_are_dropped_and_the_teacher_is_left_as_it_was(
     architecture: str, request: pytest.FixtureRequest, sentences: list[str]
 ) -> None:
-    teacher = SentenceTransformer(str(request.getfixturevalue(architecture)), device="cpu")
+    teacher = open_teacher(request, architecture)
     before = teacher.encode(sentences[:50])
-    student = build_student(teacher, [0, 3], sentences[:50], before)
+    student, _ = build_student(teacher, TransformerPlan(sizes_of(teacher), [0, 3]), sentences[:50], before)
     assert (count_layers(student), count_layers(teacher)) == (2, 4)
     for kept, origin in zip(student[0].model.encoder.layer, [0, 3], strict=True):
         for mine, theirs in zip(kept.parameters(), teacher[0].model.encoder.layer[origin].parameters(), strict=True):
@@ -50,11 +60,68 @@ def test_layers_are_dropped_and_the_teacher_is_left_as_it_was(
     np.testing.assert_array_equal(teacher.encode(sentences[:50]), before)
 
 
+@pytest.mark.parametrize("architecture", ["teacher_dir", "mpnet_dir"])
+def test_a_narrow_student_with_few_pieces_is_as_planned_and_near_its_teacher(
+    architecture: str, request: pytest.FixtureRequest, sentences: list[str], tmp_path: Path
+) -> None:
+    teacher = open_teacher(request, architecture)
+    vectors = teacher.encode(sentences)
+    wanted = sizes_of(teacher, hidden_size=24, num_attention_heads=3, intermediate_size=40)
+    wanted = replace(wanted, vocabulary_size=wanted.vocabulary_size - 20)
+    projection = fit_pca(vectors, 16)
+    student, layers = build_student(teacher, TransformerPlan(wanted), sentences, vectors, projection=projection)
+    model = student[0].model
+    assert layers == sorted(layers)
+    assert len(layers) == count_layers(student) == 2
+    assert find_words(model).weight.shape == (wanted.vocabulary_size, 24)
+    assert len(student.tokenizer) == wanted.vocabulary_size
+    assert model.config.num_attention_heads == 3
+    assert (student.encode(sentences) * project(vectors, projection)).sum(1).mean() > 0.9
+    (tmp_path / "s").mkdir()
+    save_student(student, tmp_path / "s", projection, {"layers": layers})
+    again = SentenceTransformer(str(tmp_path / "s"), device="cpu")
+    np.testing.assert_allclose(again.encode(sentences), student.encode(sentences), atol=1e-6)
+    assert list(again.tokenizer(sentences[0])["input_ids"]) == list(student.tokenizer(sentences[0])["input_ids"])
+
+
+def test_a_static_student_has_no_layers_and_says_what_its_pieces_say(
+    mpnet_dir: Path, sentences: list[str], tmp_path: Path
+) -> None:
+    teacher = SentenceTransformer(str(mpnet_dir), device="cpu")
+    vectors = teacher.encode(sentences)
+    student = build_static(teacher, sentences[:300], vectors[:300], vocabulary_size=240)
+    assert [type(module).__name__ for module in student] == ["StaticEmbedding", "Normalize"]
+    assert student[0].embedding.weight.shape == (240, 32)
+    found = student.encode(sentences[300:])
+    assert (found * vectors[300:]).sum(1).mean() > (vectors[300:] @ vectors[:300].mean(0)).mean() + 0.02
+    words = sentences[0].rstrip(".").split()
+    np.testing.assert_allclose(
+        student.encode(" ".join(words)), student.encode(" ".join(reversed(words))), atol=1e-5
+    )  # it is a bag of words
+    (tmp_path / "s").mkdir()
+    save_student(student, tmp_path / "s", None, {"layers": None})
+    again = SentenceTransformer(str(tmp_path / "s"), device="cpu")
+    np.testing.assert_allclose(again.encode(sentences[:9]), student.encode(sentences[:9]), atol=1e-6)
+
+
+def test_another_model_as_the_start_gets_a_head_into_the_teachers_space(
+    mpnet_dir: Path, teacher_dir: Path, sentences: list[str]
+) -> None:
+    teacher = SentenceTransformer(str(mpnet_dir), device="cpu")
+    other = SentenceTransformer(str(teacher_dir), device="cpu")
+    vectors = teacher.encode(sentences)
+    student = add_head(list_body(other), teacher, sentences, vectors)
+    assert [type(module).__name__ for module in student] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert student[0].model.config.model_type == "bert"
+    assert (student.encode(sentences) * vectors).sum(1).mean() > (vectors @ vectors.mean(0)).mean()
+
+
 def test_a_saved_student_needs_nothing_of_ours(teacher_dir: Path, sentences: list[str], tmp_path: Path) -> None:
     teacher = SentenceTransformer(str(teacher_dir), device="cpu")
     vectors = teacher.encode(sentences)
     projection = fit_pca(vectors, 16)
-    student = build_student(teacher, [0, 3], sentences, project(vectors, projection))
+    plan = TransformerPlan(sizes_of(teacher, hidden_size=16), [0, 3])
+    student, _ = build_student(teacher, plan, sentences, vectors, projection=projection)
     (tmp_path / "s").mkdir()
     save_student(student, tmp_path / "s", projection, {"teacher": "t"})
     code = (
@@ -93,29 +160,30 @@ def test_ridge_finds_the_map() -> None:
     assert np.abs(small).max() < np.abs(weight).max() / 10
 
 
-@pytest.mark.parametrize(
-    ("layers", "size", "plan"), [(1, None, [3]), (3, 16, [0, 1, 3]), (4, 32, [0, 1, 2, 3]), ([1, 2], None, [1, 2])]
-)
-def test_plans(teacher_dir: Path, layers: int | list[int], size: int | None, plan: list[int]) -> None:
-    assert check_plan(teacher_dir, layers, size) == plan
+def test_plans_write_every_size_out(teacher_dir: Path) -> None:
+    config = read_config(teacher_dir)
+    pieces = config["vocab_size"]
+    assert plan_transformer(config, 3) == TransformerPlan(Sizes(3, 32, 4, 64, pieces))
+    assert plan_transformer(config, [1, 2]) == TransformerPlan(Sizes(2, 32, 4, 64, pieces), [1, 2])
+    assert plan_transformer(config, 2, hidden_size=18).sizes == Sizes(2, 18, 3, 40, pieces)  # 36 neurons, to eights
+    narrow = plan_transformer(
+        config, 2, hidden_size=20, num_attention_heads=2, intermediate_size=9, vocabulary_size=230
+    )
+    assert narrow.sizes == Sizes(2, 20, 2, 9, 230)
 
 
 @pytest.mark.parametrize(
-    ("layers", "size", "message"),
+    ("layers", "sizes", "message"),
     [
-        (5, None, "student.layers: 5; expected at most the teacher's 4"),
-        ([0, 4], None, "ascending numbers from 0 to 3"),
-        ([1, 1], None, "ascending numbers"),
-        ([], None, "ascending numbers"),
-        (2, 33, "student.embedding_size: 33; expected at most the teacher's 32"),
+        (5, {}, "student.layers: 5; expected at most the teacher's 4"),
+        ([0, 4], {}, "ascending numbers from 0 to 3"),
+        ([1, 1], {}, "ascending numbers"),
+        ([], {}, "ascending numbers"),
+        (2, {"hidden_size": 33}, "student.hidden_size: 33; expected at most the teacher's 32"),
+        (2, {"num_attention_heads": 3}, "student.num_attention_heads: 3 heads; expected a divisor of hidden_size 32"),
+        (2, {"vocabulary_size": 9000}, "student.vocabulary_size: 9000; expected at most"),
     ],
 )
-def test_plans_that_cannot_be(teacher_dir: Path, layers: int | list[int], size: int | None, message: str) -> None:
+def test_plans_that_cannot_be(teacher_dir: Path, layers: int | list[int], sizes: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_plan(teacher_dir, layers, size)
-
-
-def test_an_architecture_that_is_not_supported_names_those_that_are(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UsageError, match="architecture 't5'; expected bert, mpnet, roberta"):
-        check_plan(tmp_path, 2, None)
+        plan_transformer(read_config(teacher_dir), layers, **sizes)

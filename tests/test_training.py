@@ -9,8 +9,10 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError
-from embedistill.student import build_student
+from embedistill.student.building import build_student
+from embedistill.student.planning import plan_transformer
 from embedistill.training import loop
 from embedistill.training.loop import LengthGroupedSampler, Schedule, train
 from embedistill.training.objectives import DistillationLoss, similarity_divergence
@@ -83,8 +85,9 @@ def setting(mpnet_dir: Path, sentences: list[str]) -> SimpleNamespace:
     teacher = SentenceTransformer(str(mpnet_dir), device="cpu")
     sentences = sentences[:240]
     vectors = teacher.encode(sentences)
+    plan = plan_transformer(read_config(mpnet_dir), [0, 3])
     return SimpleNamespace(
-        make_student=lambda: build_student(teacher, [0, 3], sentences[:100], vectors[:100]),
+        make_student=lambda: build_student(teacher, plan, sentences[:100], vectors[:100])[0],
         texts=sentences,
         vectors=vectors,
         targets=lambda rows: vectors[rows],

@@ -10,7 +10,7 @@ a small part of the work, and a few texts need it: rounding MPNet's position bia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-ARCHITECTURES = ("bert", "mpnet", "roberta", "xlm-roberta", "camembert")
+from embedistill.architectures import ARCHITECTURES, Architecture, find_layers
+
+_PACKED = [name for name, architecture in ARCHITECTURES.items() if not architecture.norm_first]
 _ROWS = 1024  # the number of rows that the layout of weights is chosen for
 
 Group = tuple[int, int, int]
@@ -29,23 +31,19 @@ class PackedBody:
     """The layers of a BERT-like model in one number format; the model is left as it is.
 
     Args:
-        model: A transformers model of one of `ARCHITECTURES`, on the CPU, in fp32.
+        model: A transformers model that `can_pack` finds fit: on the CPU, in fp32.
         dtype: Number format of the products.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        config = model.config
-        self._heads = int(config.num_attention_heads)
+        names = ARCHITECTURES[model.config.model_type]
+        self.heads = int(getattr(model.config, names.heads))
         self._dtype = dtype
         self._embeddings = model.embeddings
         self._typed = hasattr(model.embeddings, "token_type_embeddings")
-        self._pad: int | None = getattr(model.embeddings, "padding_idx", None)  # BERT has none
-        self._layers = [_read_layer(layer, dtype) for layer in model.encoder.layer]
-        self._bias: Tensor | None = None
-        if config.model_type == "mpnet":
-            longest = torch.zeros(1, config.max_position_embeddings, 1)
-            with torch.inference_mode():
-                self._bias = model.encoder.compute_position_bias(longest)[:1]
+        self._pad = find_padding(model)
+        self.layers = [_read_layer(layer, names, dtype) for layer in find_layers(model)]
+        self.bias = position_bias(model)
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
@@ -54,35 +52,69 @@ class PackedBody:
         Args:
             texts: The token ids of each text, shape (n_tokens,); sorted by length, so that the runs are long.
         """
-        groups = list(_group(texts))
-        positions = torch.cat([self._positions(ids) for ids in texts])
-        given = {"token_type_ids": torch.zeros(1, len(positions), dtype=torch.long)} if self._typed else {}
-        embedded = self._embeddings(input_ids=torch.cat(list(texts))[None], position_ids=positions[None], **given)
-        hidden = embedded[0].float()
-        for layer in self._layers:
-            attended = self._attend(layer.query_key_value(hidden.to(self._dtype)), groups)
-            hidden = layer.attention_norm(hidden + layer.join(attended))
-            hidden = layer.output_norm(hidden + layer.shrink(layer.grow(hidden.to(self._dtype))))
+        groups = group(texts)
+        hidden = self.embed(texts)
+        for number in range(len(self.layers)):
+            hidden = self.feed(number, self.mix(number, hidden, groups))
         return [hidden[first : first + n * length].view(n, length, -1) for first, n, length in groups]
 
-    def _positions(self, ids: Tensor) -> Tensor:
-        """Return a text's positions: from 0, or, as in RoBERTa, from behind the padding id."""
-        if self._pad is None:
-            return torch.arange(len(ids))
-        real = (ids != self._pad).long()
-        return real.cumsum(0) * real + self._pad
+    def embed(self, texts: Sequence[Tensor]) -> Tensor:
+        """Return what the first layer reads, in fp32, shape (n_tokens, hidden)."""
+        positions = torch.cat([positions_of(ids, self._pad) for ids in texts])
+        given = {"position_ids": positions[None]}
+        if self._typed:
+            given["token_type_ids"] = torch.zeros(1, len(positions), dtype=torch.long)
+        embedded: Tensor = self._embeddings(input_ids=torch.cat(list(texts))[None], **given)[0].float()
+        return embedded
 
-    def _attend(self, projected: Tensor, groups: Sequence[Group]) -> Tensor:
-        width = projected.shape[1] // 3
-        attended = projected.new_empty(len(projected), width)
-        for first, n_texts, length in groups:
-            rows = slice(first, first + n_texts * length)
-            shape = (n_texts, length, 3, self._heads, width // self._heads)
-            query, key, value = projected[rows].float().view(shape).permute(2, 0, 3, 1, 4)
-            bias = None if self._bias is None else self._bias[:, :, :length, :length]
-            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-            attended[rows].view(n_texts, length, self._heads, -1).copy_(found.transpose(1, 2))
-        return attended
+    def mix(self, number: int, hidden: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Return the hidden states after a layer's attention."""
+        layer = self.layers[number]
+        mixed = attend(layer.query_key_value(hidden.to(self._dtype)), groups, self.heads, self.bias)
+        normalised: Tensor = layer.attention_norm(hidden + layer.join(mixed))
+        return normalised
+
+    def feed(self, number: int, hidden: Tensor) -> Tensor:
+        """Return the hidden states after a layer's feed-forward part."""
+        layer = self.layers[number]
+        normalised: Tensor = layer.output_norm(hidden + layer.shrink(layer.grow(hidden.to(self._dtype))))
+        return normalised
+
+
+def find_padding(model: Any) -> int | None:
+    """Return the padding id that positions are counted from; None: they are counted from 0, as in BERT."""
+    return getattr(model.embeddings, "padding_idx", None)
+
+
+def positions_of(ids: Tensor, padding: int | None) -> Tensor:
+    """Return a text's positions: from 0, or, as in RoBERTa, from behind the padding id."""
+    if padding is None:
+        return torch.arange(len(ids))
+    real = (ids != padding).long()
+    return real.cumsum(0) * real + padding
+
+
+def position_bias(model: Any) -> Tensor | None:
+    """Return MPNet's relative position biases, shape (1, heads, length, length), for the longest text."""
+    if ARCHITECTURES[model.config.model_type].shared_bias is None:
+        return None
+    with torch.inference_mode():
+        found: Tensor = model.encoder.compute_position_bias(torch.zeros(1, model.config.max_position_embeddings, 1))
+    return found[:1]
+
+
+def attend(projected: Tensor, groups: Sequence[Group], heads: int, bias: Tensor | None) -> Tensor:
+    """Return the attended values (n_tokens, width) of projected queries, keys and values (n_tokens, 3 width)."""
+    width = projected.shape[1] // 3
+    attended = projected.new_empty(len(projected), width)
+    for first, n_texts, length in groups:
+        rows = slice(first, first + n_texts * length)
+        shape = (n_texts, length, 3, heads, width // heads)
+        query, key, value = projected[rows].float().view(shape).permute(2, 0, 3, 1, 4)
+        mask = None if bias is None else bias[:, :, :length, :length]
+        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended[rows].view(n_texts, length, heads, -1).copy_(found.transpose(1, 2))
+    return attended
 
 
 class _Linear:
@@ -120,41 +152,39 @@ def can_pack(model: Any) -> bool:
     config: Any = getattr(model, "config", None)
     adapted = getattr(model, "_hf_peft_config_loaded", False)
     return not adapted and (
-        getattr(config, "model_type", None) in ARCHITECTURES
-        and config.hidden_act == "gelu"
+        getattr(config, "model_type", None) in _PACKED
+        and getattr(config, "hidden_act", getattr(config, "activation", None)) == "gelu"
         and getattr(config, "position_embedding_type", "absolute") in {None, "absolute"}
         and not getattr(config, "is_decoder", False)
         and next(model.parameters()).device.type == "cpu"
     )
 
 
-def _read_layer(layer: Any, dtype: torch.dtype) -> _Layer:
-    if hasattr(layer.attention, "attn"):  # MPNet
-        attention, norm = layer.attention.attn, layer.attention.LayerNorm
-        parts, out = (attention.q, attention.k, attention.v), attention.o
-    else:
-        attention, norm = layer.attention.self, layer.attention.output.LayerNorm
-        parts, out = (attention.query, attention.key, attention.value), layer.attention.output.dense
+def _read_layer(layer: Any, names: Architecture, dtype: torch.dtype) -> _Layer:
+    parts = [layer.get_submodule(name) for name in (names.query, names.key, names.value)]
     weights, biases = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-    grow, shrink = layer.intermediate.dense, layer.output.dense
+    join, grow, shrink = (layer.get_submodule(name) for name in (names.join, names.grow, names.shrink))
     return _Layer(
         query_key_value=_Linear(weights, biases, dtype),
-        join=_Linear(out.weight, out.bias, dtype),
-        attention_norm=norm,
+        join=_Linear(join.weight, join.bias, dtype),
+        attention_norm=layer.get_submodule(names.attention_norm),
         grow=_Linear(grow.weight, grow.bias, dtype, gelu=True),
         shrink=_Linear(shrink.weight, shrink.bias, dtype),
-        output_norm=layer.output.LayerNorm,
+        output_norm=layer.get_submodule(names.output_norm),
     )
 
 
-def _group(texts: Sequence[Tensor]) -> Iterator[Group]:
+def group(texts: Sequence[Tensor]) -> list[Group]:
+    """Return the runs of texts of equal length."""
+    found = []
     row = start = 0
     for number in range(1, len(texts) + 1):
         if number == len(texts) or len(texts[number]) != len(texts[start]):
             length = len(texts[start])
-            yield row, number - start, length
+            found.append((row, number - start, length))
             row += (number - start) * length
             start = number
+    return found
 
 
 def _has_onednn_bfloat16() -> bool:

@@ -1,0 +1,32 @@
+"""The recipe: what to distil, from what, into what. Strict models, YAML with line numbers, key=value overrides.
+
+A recipe has a closed vocabulary. All that is wrong with one is said at once, before anything is loaded or downloaded.
+Nothing here imports torch, so that checking a recipe takes a fraction of a second.
+"""
+
+from embedistill.recipe.loading import Setting, dump_recipe, find_recipe, list_recipes, list_settings, load_recipe
+from embedistill.recipe.sections import (
+    AGREEMENT,
+    KNOWN_ITEM,
+    AssistantSection,
+    Dtype,
+    Recipe,
+    ShapeSection,
+    StudentSection,
+)
+
+__all__ = [
+    "AGREEMENT",
+    "KNOWN_ITEM",
+    "AssistantSection",
+    "Dtype",
+    "Recipe",
+    "Setting",
+    "ShapeSection",
+    "StudentSection",
+    "dump_recipe",
+    "find_recipe",
+    "list_recipes",
+    "list_settings",
+    "load_recipe",
+]

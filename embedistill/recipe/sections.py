@@ -1,0 +1,269 @@
+"""The settings a recipe may have: strict models, each with its description. This module imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from embedistill.files import fingerprint
+
+AGREEMENT = "agreement"
+KNOWN_ITEM = "known-item"
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Storage = Literal["float32", "float16", "bfloat16", "int8"]
+Fault = Literal["not-finite", "zero-norm", "cut", "equal", "outlier"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TeacherSection(_Section):
+    """The model to distil."""
+
+    model: str = Field(description="A folder, or a model id such as sentence-transformers/all-mpnet-base-v2.")
+    revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
+    api: str | None = Field(
+        None,
+        description="Address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1, that has the model.",
+    )
+    api_key_variable: str = Field("OPENAI_API_KEY", description="Environment variable with the endpoint's key.")
+    dtype: Dtype = Field(
+        "auto", description="float32, bfloat16, or auto: bfloat16 where its matrix products are measured faster."
+    )
+
+
+class EncodingSection(_Section):
+    """How the teacher's embeddings are made, kept, and judged."""
+
+    storage: Storage = Field("float16", description="Number format in the cache: float32, float16, bfloat16 or int8.")
+    drop: list[Fault] = Field(
+        ["not-finite", "zero-norm"],
+        description="Faults of a vector that keep its text from training: not-finite, zero-norm, cut (its text was "
+        "longer than the teacher sees), equal (another text has the same vector), outlier (its neighbours are far). "
+        "All are counted and reported.",
+    )
+    engine: Literal["local", "ray"] = Field("local", description="local, or ray: a Ray cluster encodes.")
+    workers: Count = Field(1, description="Workers of the Ray cluster.")
+    cores: Count = Field(1, description="Cores of a Ray worker.")
+    gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs of a Ray worker, or a share of one.")
+    store: str | None = Field(
+        None,
+        description="Where Ray workers keep the cache: s3://..., or a folder all see; default: the cache's folder.",
+    )
+
+    @field_validator("drop")
+    @classmethod
+    def _drops_what_cannot_be_trained_on(cls, drop: list[Fault]) -> list[Fault]:
+        if not {"not-finite", "zero-norm"} <= set(drop):
+            raise ValueError("not-finite and zero-norm among them: such a vector cannot be trained on")
+        return drop
+
+
+class SelectSection(_Section):
+    """Which records of the corpus are used."""
+
+    size: Count | None = Field(None, description="At most this many records, training and held out; default: all.")
+    by: Literal["random"] = Field("random", description="How they are selected: random.")
+
+
+class CorpusSection(_Section):
+    """The texts to distil on."""
+
+    source: str = Field(
+        description="A .txt, .csv or .jsonl file (.gz too), a .parquet file, a folder of them, "
+        "hf:org/dataset[:config][:split], or docstrings:[package,package]."
+    )
+    text_column: str = Field("text", description="Column with the text.")
+    query_column: str | None = Field(
+        None, description="Column with a short text that should find the text: a title, a question. Trained on as well."
+    )
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="A row whose text is missing, no string or too long: error, or skip and count it."
+    )
+    min_characters: Count = Field(3, description="Shorter texts are left out.")
+    max_characters: Count = Field(100_000, description="A longer text is a bad row.")
+    select: SelectSection = SelectSection()
+    holdout: Share = Field(0.05, description="Share of the records that is never trained on, for evaluation.")
+
+
+def _read_count(value: Any) -> Any:
+    """Return 14_500_000 for "14.5M"."""
+    factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(value[-1:].upper()) if isinstance(value, str) else None
+    try:
+        return round(float(value[:-1]) * factor) if factor else value
+    except ValueError:
+        return value
+
+
+class ShapeSection(_Section):
+    """The sizes of a transformer that is made of the teacher's weights."""
+
+    layers: Count | list[int] | None = Field(
+        None, description="How many layers to keep, the best of them found by a search; or which, counted from 0."
+    )
+    hidden_size: Count | None = Field(None, description="Width of the hidden states; default: the teacher's.")
+    num_attention_heads: Count | None = Field(
+        None, description="Heads; must divide hidden_size; default: the teacher's, or the most that divide it."
+    )
+    intermediate_size: Count | None = Field(
+        None, description="Neurons of a feed-forward part; default: the teacher's, narrowed as hidden_size is."
+    )
+    vocabulary_size: Count | None = Field(
+        None, description="Pieces of the tokenizer to keep, those the corpus uses most; default: all."
+    )
+
+
+class AssistantSection(ShapeSection):
+    """A student that is distilled first, and that the student proper is then made of."""
+
+    share: Share = Field(0.5, description="Its share of the training's epochs or minutes.")
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> AssistantSection:
+        if self.layers is None:
+            raise ValueError("layers, a number or a list")
+        return self
+
+
+class StudentSection(ShapeSection):
+    """What the teacher is distilled into."""
+
+    origin: str = Field(
+        "teacher",
+        alias="from",
+        description="What it is made of: teacher (its own weights), static (token vectors, no layers), or a model id.",
+    )
+    embedding_size: Count | None = Field(
+        None, description="Dimension of the student's embeddings: PCA of the teacher's; default: the teacher's own."
+    )
+    max_parameters: Annotated[Count | None, BeforeValidator(_read_count)] = Field(
+        None, description="Choose depth, width and vocabulary for at most so many parameters, such as 14.5M."
+    )
+    max_mb_int8: Positive | None = Field(None, description="Choose them for at most so many MB in int8.")
+    speedup: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Choose them to encode so many times as fast as the teacher."
+    )
+    via: AssistantSection | None = Field(
+        None, description="Distil in two steps from one cache: first into an assistant of these sizes."
+    )
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The budgets that were given, by setting."""
+        names = ("max_parameters", "max_mb_int8", "speedup")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> StudentSection:
+        sizes = {name for name in ShapeSection.model_fields if getattr(self, name) is not None}
+        given = sizes | set(self.budgets)
+        if self.origin == "teacher":
+            if (self.layers is None) == (not self.budgets) or len(self.budgets) > 1 or (self.budgets and sizes):
+                raise ValueError("layers, or one of max_parameters, max_mb_int8 and speedup, and no size beside it")
+        else:
+            allowed = {"vocabulary_size"} if self.origin == "static" else set()
+            extra = sorted((given | ({"via"} if self.via else set())) - allowed)
+            if extra:
+                raise ValueError(
+                    f"no {', '.join(extra)} with from: {self.origin}: only a teacher's own weights are cut"
+                )
+        return self
+
+
+class ObjectivesSection(_Section):
+    """Weights of the terms of the loss."""
+
+    embedding: Annotated[float, Field(ge=0)] = Field(1.0, description="1 - cosine to the teacher's embedding.")
+    similarity: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="KL divergence of the student's in-batch similarities from the teacher's.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> ObjectivesSection:
+        if not self.embedding and not self.similarity:
+            raise ValueError("one weight above 0")
+        return self
+
+
+class TrainingSection(_Section):
+    """How the student is trained."""
+
+    epochs: Positive = Field(3.0, description="Passes over the training texts, at most.")
+    minutes: Positive | None = Field(None, description="Time for training, at most; the schedule is fitted to it.")
+    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Texts a step.")
+    learning_rate: Positive = Field(2e-4, description="Peak learning rate; linear warm-up, cosine decay to zero.")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the steps that warms up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
+    objectives: ObjectivesSection = ObjectivesSection()
+    temperature: Positive = Field(0.05, description="Temperature of the similarity term.")
+    checkpoint_steps: Count = Field(100, description="Steps between checkpoints: what a kill can cost.")
+    dtype: Dtype = Field("auto", description="As teacher.dtype, for the student's training.")
+
+
+class EvaluationSection(_Section):
+    """What teacher and student are compared on."""
+
+    tasks: list[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]] = Field(
+        [AGREEMENT, KNOWN_ITEM],
+        min_length=1,
+        description=f"{AGREEMENT} (with the teacher, on held-out texts), {KNOWN_ITEM} (FAISS retrieval of held-out "
+        "records by their query), or names of STS and retrieval sets: STSBenchmark, STS12, SICK-R, SciFact, ...",
+    )
+    data: str | None = Field(None, description="Folder with sts/NAME.jsonl and retrieval/NAME/; default: the Hub.")
+    missing: Literal["error", "skip"] = Field(
+        "error", description="A task whose data cannot be had: error, or skip and say so."
+    )
+    baselines: list[str] = Field([], description="Models to measure beside teacher and student.")
+    margin: Share | None = Field(
+        None,
+        description="PASS when retention is surely above 1 - margin, FAIL when below; default: no verdict.",
+    )
+    resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
+
+
+class SearchSection(_Section):
+    """The FAISS index of the corpus that a run ends with."""
+
+    question: str = Field(description="Answered from the index when the run is done.")
+    results: Count = Field(3, description="How many results are shown.")
+
+
+class Recipe(_Section):
+    """A whole recipe. `load_recipe` makes one of a name or a file."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(description="Name of the run's folder under runs/.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Seed of selection, batches and bootstrap.")
+    teacher: TeacherSection
+    corpus: CorpusSection
+    student: StudentSection
+    encoding: EncodingSection = EncodingSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    search: SearchSection | None = Field(None, description="Build a FAISS index of the corpus and answer a question.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, name: str) -> str:
+        if name in {".", ".."}:
+            raise ValueError("must name a folder")
+        return name
+
+    @model_validator(mode="after")
+    def _runs_where_it_can(self) -> Recipe:
+        if self.teacher.api and self.encoding.engine != "local":
+            raise ValueError(
+                "teacher.api with encoding.engine=ray: an endpoint spreads its work by itself; use engine=local"
+            )
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all its settings."""
+        return fingerprint(self.model_dump(by_alias=True))

@@ -1,0 +1,129 @@
+"""A student made from its teacher's own weights: vocabulary, depth and width, and a head that is solved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from torch import Tensor, nn
+
+from embedistill.architectures import find_words, keep_layers, read_sizes
+from embedistill.encoding.packed import can_pack
+from embedistill.student.depth import search_layers
+from embedistill.student.head import Matrix, project, solve_ridge
+from embedistill.student.planning import TransformerPlan
+from embedistill.student.selection import select_narrow
+from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tokenizer
+from embedistill.student.width import fit_narrow
+from embedistill.teacher import encode_with_progress
+
+SEARCH_TEXTS = 128
+_FIT_TOKENS = 120_000
+_FIT_LENGTH = 256
+_SELECT_TEXTS = 500
+_SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+
+
+def build_student(
+    teacher: SentenceTransformer,
+    plan: TransformerPlan,
+    texts: Sequence[str],
+    vectors: Matrix,
+    *,
+    projection: Matrix | None = None,
+    counted: Iterable[str] = (),
+) -> tuple[SentenceTransformer, list[int]]:
+    """Build an untrained student out of its teacher's weights.
+
+    Args:
+        teacher: The teacher in fp32; it is left as it is. Its modules are a transformer, a pooling, and whatever else.
+        plan: The sizes and layers.
+        texts: Texts to fit on, as the model sees them: with their prompts. The first 128 are for the search of layers
+            alone.
+        vectors: The teacher's vectors of the texts, shape (n_texts, dim).
+        projection: The PCA that the student's space is, shape (dim, embedding_size); None: the teacher's own space.
+        counted: Texts whose pieces are counted where the vocabulary is trimmed; default: those to fit on.
+
+    Returns:
+        A plain SentenceTransformer of built-in modules: transformer, the teacher's pooling, Dense, Normalize; and the
+        layers it is made of.
+    """
+    modules: list[nn.Module] = [copy.deepcopy(teacher[0]).cpu(), copy.deepcopy(teacher[1]).cpu()]
+    transformer: Any = modules[0]
+    if plan.sizes.vocabulary_size < read_sizes(transformer.model.config.to_dict()).vocabulary_size:
+        _trim(transformer, counted or texts, plan.sizes.vocabulary_size)
+    body = SentenceTransformer(modules=modules, device="cpu")
+    cut = min(SEARCH_TEXTS, len(texts) // 4)
+    layers = plan.layers or search_layers(body, plan.sizes.layers, texts[:cut], vectors[:cut])
+    transformer.model = _shrink(transformer, plan, layers, texts[cut:], vectors[cut:])
+    pooling: Any = modules[1]
+    modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": plan.sizes.hidden_size})
+    return add_head(modules, teacher, texts[cut:], project(vectors[cut:], projection)), layers
+
+
+def add_head(
+    modules: list[nn.Module], teacher: SentenceTransformer, texts: Sequence[str], targets: Matrix
+) -> SentenceTransformer:
+    """Return a student of some modules and a head, solved by ridge regression onto targets (n_texts, dim)."""
+    body = SentenceTransformer(modules=modules, device=str(teacher.device))
+    pooled = encode_with_progress(body, "student", texts, unit=False)
+    weight = torch.from_numpy(solve_ridge(pooled, targets).T.copy())
+    head = Dense(pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight)
+    prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
+    return SentenceTransformer(modules=[*modules, head, Normalize()], device=str(teacher.device), **prompts)
+
+
+def list_body(model: SentenceTransformer) -> list[nn.Module]:
+    """Return the modules of a model without what makes its vectors unit: what a head can be put on."""
+    modules: list[nn.Module] = [copy.deepcopy(module) for module in model]
+    return [module for module in modules if not isinstance(module, Normalize)]
+
+
+def _trim(transformer: Any, texts: Iterable[str], size: int) -> None:
+    """Cut the vocabulary of a transformer module, and with it the table, the tokenizer and the ids in its settings."""
+    tokenizer, model = transformer.tokenizer, transformer.model
+    kept = choose_pieces(tokenizer, count_pieces(tokenizer, texts), size)
+    table = find_words(model)
+    places = {old: new for new, old in enumerate(kept)}
+    padding = table.padding_idx
+    table.weight = nn.Parameter(table.weight[kept].detach().clone())
+    table.num_embeddings, table.padding_idx = len(kept), None if padding is None else places[padding]
+    model.config.vocab_size = len(kept)
+    for name in _SPECIAL_IDS:
+        old = getattr(model.config, name, None)
+        if isinstance(old, int):
+            setattr(model.config, name, places.get(old))
+    transformer.processor = trim_tokenizer(tokenizer, kept)
+
+
+def _shrink(transformer: Any, plan: TransformerPlan, layers: list[int], texts: Sequence[str], vectors: Matrix) -> Any:
+    """Return the model with the planned layers and sizes: fitted, or where it only loses layers, or cannot be, cut."""
+    model = transformer.model
+    own = read_sizes(model.config.to_dict())
+    if replace(plan.sizes, layers=own.layers) == own:
+        return keep_layers(model, layers)
+    ids = tokenize(transformer, texts)
+    if can_pack(model):
+        return fit_narrow(model, plan.sizes, layers, ids, vectors[: len(ids)])
+    return select_narrow(model, plan.sizes, layers, ids=ids[:_SELECT_TEXTS])
+
+
+def tokenize(transformer: Any, texts: Sequence[str]) -> list[Tensor]:
+    """Return the token ids of as many texts as are used for fitting."""
+    length = min(_FIT_LENGTH, transformer.max_seq_length or _FIT_LENGTH)
+    found: list[Tensor] = []
+    n_tokens = 0
+    for start in range(0, len(texts), 1000):
+        for ids in transformer.tokenizer(list(texts[start : start + 1000]), truncation=True, max_length=length)[
+            "input_ids"
+        ]:
+            n_tokens += len(ids)
+            if found and n_tokens > _FIT_TOKENS:
+                return found
+            found.append(torch.tensor(ids))
+    return found

@@ -1,0 +1,421 @@
+"""A narrow model fitted to a wide one in closed form: block after block, by least squares on hidden states.
+
+A model that normalises after each block cannot simply be rotated: LayerNorm weighs its dimensions one by one. So the
+narrow model's stream is laid out so that its LayerNorms do next to nothing. Its hidden state is x = Q y + c v: the
+payload y in an orthonormal basis Q of all directions but the mean and one more, v, that carries a constant c larger
+than the payload. The variance that LayerNorm divides by is then nearly the same for all tokens, and y goes through.
+v is spread over all dimensions, so that no single one stands out, which keeps int8 usable.
+
+In such a stream a block only adds to y, and what it should add is a linear problem. With f what a block computes (the
+attended values, the activations of the kept neurons), and T the teacher's hidden states it should lead to, the output
+matrix F and a decoder R minimise |T - (y + f F) R|^2, solved in turns. What f reads is the teacher's own weights on
+states decoded from y. Each block sees the errors of those before it, and makes up for layers that were left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModel
+
+from embedistill.architectures import Sizes, architecture_of, find_layers, find_words, resize
+from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, position_bias, positions_of
+from embedistill.progress import progress_bar
+
+_CONSTANT = 4.0  # squared length of the constant part, in multiples of the payload's
+_RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the sentence, not for the word
+_RIDGE = 1e-4
+_DAMPING = 1e-2
+_TURNS = 6
+_CHUNK = 8_192  # tokens
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Texts whose tokens are some rows of all."""
+
+    rows: slice
+    groups: list[Group]
+
+
+@dataclass
+class _Map:
+    """A linear map with a bias: inputs @ weight + bias."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight + self.bias
+
+
+@dataclass
+class _Block:
+    """A narrow layer, in coordinates of the payload, and the gains of its LayerNorms."""
+
+    query_key_value: _Map
+    join: _Map
+    attention_gain: float
+    grow: _Map
+    shrink: _Map
+    output_gain: float
+
+
+@dataclass
+class _Tables:
+    """The tables of words and of positions, in coordinates of the payload, and the gain of their LayerNorm."""
+
+    words: Tensor
+    positions: Tensor
+    gain: float
+
+
+class _Stream:
+    """The narrow model's hidden states: the payload (n_tokens, payload), and the constant's share (n_tokens, 1)."""
+
+    def __init__(self, payload: Tensor, width: int) -> None:
+        self.payload, self.width = payload, width
+        self.constant = torch.full((len(payload), 1), math.sqrt(_CONSTANT * payload.shape[1]))
+
+    def normalise(self) -> float:
+        """Do what LayerNorm does, and return the gain that keeps the mean length."""
+        squared = self.payload.square().sum(1, keepdim=True) + self.constant.square()
+        gain = math.sqrt(squared.mean().item() / self.width)
+        ratio = gain * math.sqrt(self.width) / squared.sqrt()
+        self.payload, self.constant = self.payload * ratio, self.constant * ratio
+        return gain
+
+
+@torch.inference_mode()
+def fit_narrow(
+    teacher: Any, sizes: Sizes, layers: list[int], ids: Sequence[Tensor], targets: npt.NDArray[np.float32]
+) -> Any:
+    """Return a narrow transformers model, fitted to a BERT-like teacher on some texts.
+
+    Args:
+        teacher: The transformers model, on the CPU in fp32, of an architecture that normalises after its blocks.
+        sizes: What the student shall have; nothing larger than the teacher has.
+        layers: Which of the teacher's layers its blocks are made of, ascending.
+        ids: The token ids of some thousand texts.
+        targets: The teacher's vectors of these texts, shape (n_texts, dim).
+    """
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+    fit = _Fit(teacher, sizes, [ids[number] for number in order], torch.from_numpy(targets[order]))
+    tables = fit.embed()
+    following = [*layers[1:], len(find_layers(teacher))]
+    with progress_bar("student is fitted", len(layers), "layers") as advance:
+        blocks = []
+        for layer, following_layer in zip(layers, following, strict=True):
+            blocks.append(fit.add_block(layer, following_layer))
+            advance(1)
+    config = resize(teacher.config, sizes, layers)
+    student = AutoModel.from_config(config)
+    _assemble(student, tables, blocks)
+    if architecture_of(teacher).shared_bias:
+        _share_bias(student, teacher, fit.kept_heads)
+    return student.eval()
+
+
+class _Fit:
+    """The state of a fit: where the teacher and the student are, on all tokens."""
+
+    def __init__(self, teacher: Any, sizes: Sizes, ids: list[Tensor], targets: Tensor) -> None:
+        self.teacher, self.sizes, self.ids, self.targets = teacher, sizes, ids, targets
+        self.packed = PackedBody(teacher, torch.bfloat16)
+        self.chunks = list(_cut(ids))
+        self.hidden = self._each(lambda chunk, texts: self.packed.embed(texts))
+        self.layer = 0
+        self.payload_size = sizes.hidden_size - 2
+        self.head_size = sizes.hidden_size // sizes.num_attention_heads
+        self.kept_heads: list[int] | None = None
+        self.stream: _Stream
+
+    def embed(self) -> _Tables:
+        """Begin the stream, and return what makes it of words and positions."""
+        states = self.hidden.float()
+        mean = states.mean(0)
+        basis = self._find_basis(states - mean)
+        embeddings = self.teacher.embeddings
+        positions = embeddings.position_embeddings.weight
+        padding = find_padding(self.teacher)
+        where, which = torch.cat([positions_of(text, padding) for text in self.ids]), torch.cat(self.ids)
+        usual = positions[where[: 1 << 16]].mean(0)
+        if hasattr(embeddings, "token_type_embeddings"):
+            usual = usual + embeddings.token_type_embeddings.weight[0]
+        words = (embeddings.LayerNorm(find_words(self.teacher).weight + usual) - mean) @ basis
+        left = (states - mean) @ basis - words[which]
+        counts = torch.zeros(len(positions)).index_add_(0, where, torch.ones(len(where)))[:, None]
+        seen = torch.zeros(len(positions), self.payload_size).index_add_(0, where, left) / (counts + 1)
+        spread = find_words(self.teacher).weight[which[:4096]].std(1).mean()
+        unseen = (positions - positions[where[: 1 << 16]].mean(0)) * embeddings.LayerNorm.weight / spread @ basis
+        shifts = torch.where(counts > 20, seen, unseen)
+        payload = words[which] + shifts[where]
+        scale = math.sqrt(self.payload_size / payload.square().sum(1).mean().item())
+        self.stream = _Stream(payload * scale, self.sizes.hidden_size)
+        return _Tables(words * scale, shifts * scale, self.stream.normalise())
+
+    def _find_basis(self, states: Tensor) -> Tensor:
+        """Return orthonormal columns: directions that differ among tokens, and those that tell a text's vector."""
+        tokens = _gram(states, states)
+        pooled = torch.stack([part.mean(0) for part in torch.split(states, [len(text) for text in self.ids])])
+        gram = _gram(pooled, pooled)
+        relevant = _solve(gram, _gram(pooled, self.targets - self.targets.mean(0)), 1e-3)
+        told = _root(gram) @ relevant
+        telling = told @ told.T
+        mixed = (1 - _RELEVANCE) * tokens / tokens.trace() + _RELEVANCE * telling / telling.trace()
+        basis: Tensor = torch.linalg.eigh(mixed)[1][:, -self.payload_size :].flip(1).float()
+        return basis
+
+    def add_block(self, layer: int, following: int) -> _Block:
+        """Fit a block to a teacher's layer, so that its output leads to what a later layer reads."""
+        self._advance(layer)
+        query_key_value = self._narrow_attention(find_layers(self.teacher)[layer])
+        bias = position_bias(self.teacher)
+        if bias is not None and self.kept_heads is not None:
+            bias = bias[:, self.kept_heads]
+        heads = self.sizes.num_attention_heads
+        attended = self._each(
+            lambda chunk, _: attend(query_key_value(self.stream.payload[chunk.rows]), chunk.groups, heads, bias)
+        )
+        middle = self._mix(layer)
+        join, attention_gain = self._add(lambda rows: attended[rows].float(), middle)
+        grow = self._narrow_feed(layer, middle)
+        self._feed(layer, middle)
+        self._advance(following)
+        shrink, output_gain = self._add(lambda rows: functional.gelu(grow(self.stream.payload[rows])), self.hidden)
+        return _Block(query_key_value, join, attention_gain, grow, shrink, output_gain)
+
+    def _advance(self, layer: int) -> None:
+        """Take the teacher's hidden states to what a layer reads."""
+        while self.layer < layer:
+            self._feed(self.layer, self._mix(self.layer))
+
+    def _mix(self, layer: int) -> Tensor:
+        """Return the teacher's hidden states after a layer's attention."""
+        return self._each(lambda chunk, _: self.packed.mix(layer, self.hidden[chunk.rows].float(), chunk.groups))
+
+    def _feed(self, layer: int, middle: Tensor) -> None:
+        """Take the teacher's hidden states through a layer's feed-forward part."""
+        self.hidden = self._each(lambda chunk, _: self.packed.feed(layer, middle[chunk.rows].float()))
+        self.layer = layer + 1
+
+    def _narrow_attention(self, layer: Any) -> _Map:
+        """Return queries, keys and values of the teacher's heads in fewer dimensions, from the payload.
+
+        Queries and keys keep the largest singular values of their scores, values those of what they add to the stream,
+        both weighted by the covariance of what is read.
+        """
+        names = architecture_of(self.teacher)
+        decode = self._decode(self.hidden)
+        payload = functional.pad(self.stream.payload, (0, 1), value=1.0)
+        root = _root(_gram(payload, payload) / len(payload))
+        query, key, value = (
+            self._read_through(decode, layer.get_submodule(name)) for name in (names.query, names.key, names.value)
+        )
+        join = layer.get_submodule(names.join).weight.T.double()
+        teacher_heads = getattr(self.teacher.config, names.heads)
+        size = query.shape[1] // teacher_heads
+        parts = [slice(head * size, (head + 1) * size) for head in range(teacher_heads)]
+        values = [_low_rank(root @ value[:, part], join[part], self.head_size) for part in parts]
+        if self.sizes.num_attention_heads < teacher_heads and self.kept_heads is None:
+            energy = torch.stack([found[2] for found in values])
+            self.kept_heads = sorted(energy.argsort(descending=True)[: self.sizes.num_attention_heads].tolist())
+        kept = self.kept_heads or list(range(teacher_heads))
+        back = torch.linalg.inv(root)
+        scale = (self.head_size / size) ** 0.25  # scores are divided by the root of a head's size
+        columns: list[list[Tensor]] = [[], [], []]
+        for head in kept:
+            left, right, _energy = _low_rank(
+                root @ query[:, parts[head]], (root @ key[:, parts[head]]).T, self.head_size
+            )
+            columns[0].append(back @ left * scale)
+            columns[1].append(back @ right.T * scale)
+            columns[2].append(back @ values[head][0])
+        joined = torch.cat([torch.cat(part, 1) for part in columns], 1).float()
+        return _Map(joined[:-1], joined[-1])
+
+    def _read_through(self, decode: _Map, linear: Any) -> Tensor:
+        """Return what a linear map of the teacher gives of the payload, its bias in the last row."""
+        weight: Tensor = torch.cat([decode.weight, decode.bias[None]]).double() @ linear.weight.T.double()
+        weight[-1] += linear.bias
+        return weight
+
+    def _narrow_feed(self, layer: int, middle: Tensor) -> _Map:
+        """Return the kept neurons, those that weigh most in what the layer adds, as they read the payload."""
+        names = architecture_of(self.teacher)
+        module: Any = find_layers(self.teacher)[layer]
+        grow, shrink = (module.get_submodule(name) for name in (names.grow, names.shrink))
+        some = middle[:: max(1, len(middle) // 2000)].float()
+        impact = functional.gelu(grow(some)).square().mean(0).sqrt() * shrink.weight.norm(dim=0)
+        kept = impact.argsort(descending=True)[: self.sizes.intermediate_size].sort().values
+        decode = self._decode(middle)
+        weights, biases = grow.weight[kept].T, grow.bias[kept]
+        return _Map(decode.weight @ weights, decode.bias @ weights + biases)
+
+    def _decode(self, states: Tensor) -> _Map:
+        """Return the least-squares map from the payload to hidden states of the teacher."""
+        mean, target_mean = self.stream.payload.mean(0), _mean(states)
+        sums = _Sums()
+        for chunk in self.chunks:
+            payload = self.stream.payload[chunk.rows] - mean
+            sums.add(yy=(payload, payload), yt=(payload, states[chunk.rows].float() - target_mean))
+        weight = _solve(sums["yy"], sums["yt"], _RIDGE).float()
+        return _Map(weight, target_mean - mean @ weight)
+
+    def _add(self, features: Callable[[slice], Tensor], states: Tensor) -> tuple[_Map, float]:
+        """Let a block add a linear map of its features to the stream, so that the states can be decoded from it."""
+        mean, target_mean = self.stream.payload.mean(0), _mean(states)
+        sums = _Sums()
+        for chunk in self.chunks:
+            read = functional.pad(features(chunk.rows), (0, 1), value=1.0)
+            payload = self.stream.payload[chunk.rows] - mean
+            target = states[chunk.rows].float() - target_mean
+            sums.add(ff=(read, read), ft=(read, target), fy=(read, payload))
+            sums.add(yy=(payload, payload), yt=(payload, target))
+        added = _solve_in_turns(sums).float()
+        join = _Map(added[:-1], added[-1])
+        for chunk in self.chunks:
+            self.stream.payload[chunk.rows] += join(features(chunk.rows))
+        return join, self.stream.normalise()
+
+    def _each(self, run: Callable[..., Tensor]) -> Tensor:
+        """Return what a function gives for each chunk, in bf16: rows of all tokens."""
+        found: list[Tensor] = []
+        start = 0
+        for chunk in self.chunks:
+            n_texts = sum(n for _, n, _ in chunk.groups)
+            found.append(run(chunk, self.ids[start : start + n_texts]).bfloat16())
+            start += n_texts
+        return torch.cat(found)
+
+
+class _Sums(dict[str, Tensor]):
+    """Sums of products over chunks, by name, in fp64."""
+
+    def add(self, **pairs: tuple[Tensor, Tensor]) -> None:
+        """Add the product of each pair."""
+        for name, (left, right) in pairs.items():
+            product = _gram(left, right)
+            self[name] = self[name] + product if name in self else product
+
+
+def _solve_in_turns(sums: dict[str, Tensor]) -> Tensor:
+    """Return F that minimises |T - (y + f F) R|^2 over F and R; damped, so that no weak direction of R blows F up."""
+    gram, decoder = sums["yy"], _solve(sums["yy"], sums["yt"], _RIDGE)
+    factor = torch.linalg.cholesky(sums["ff"] + _ridge_of(sums["ff"], _RIDGE))
+    added = torch.zeros_like(sums["fy"])
+    for _ in range(_TURNS):
+        metric = decoder @ decoder.T
+        wanted = (sums["ft"] - sums["fy"] @ decoder) @ decoder.T
+        added = torch.cholesky_solve(wanted, factor) @ torch.linalg.inv(metric + _ridge_of(metric, _DAMPING))
+        cross = added.T @ sums["fy"]
+        gram = sums["yy"] + cross + cross.T + added.T @ sums["ff"] @ added
+        decoder = _solve(gram, sums["yt"] + added.T @ sums["ft"], _RIDGE)
+    return added
+
+
+def _low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors of left @ right of at most some rank, padded with zeros to it, and the energy they keep."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, values, v = torch.linalg.svd(r_left @ r_right.T)
+    kept = min(rank, len(values))
+    roots = values[:kept].sqrt()
+    first, second = q_left @ u[:, :kept] * roots, (roots[:, None] * v[:kept]) @ q_right.T
+    missing = rank - kept
+    return (
+        functional.pad(first, (0, missing)),
+        functional.pad(second, (0, 0, 0, missing)),
+        values[:kept].square().sum(),
+    )
+
+
+def _assemble(student: Any, tables: _Tables, blocks: list[_Block]) -> None:
+    """Write fitted maps into a model, from coordinates of the payload into those of its hidden states."""
+    names = architecture_of(student)
+    width = find_words(student).embedding_dim
+    basis, constant = _lay_out(width)
+    for parameter in student.parameters():
+        parameter.zero_()
+    embeddings = student.embeddings
+    find_words(student).weight.copy_(tables.words @ basis.T + math.sqrt(_CONSTANT * (width - 2)) * constant)
+    embeddings.position_embeddings.weight.copy_(tables.positions @ basis.T)
+    embeddings.LayerNorm.weight.fill_(tables.gain)
+    layers: Any = find_layers(student)
+    for layer, block in zip(layers, blocks, strict=True):
+        parts = [layer.get_submodule(name) for name in (names.query, names.key, names.value)]
+        weights, biases = block.query_key_value.weight.chunk(3, 1), block.query_key_value.bias.chunk(3)
+        for part, weight, bias in zip(parts, weights, biases, strict=True):
+            _write(part, basis @ weight, bias)
+        _write(layer.get_submodule(names.join), block.join.weight @ basis.T, block.join.bias @ basis.T)
+        _write(layer.get_submodule(names.grow), basis @ block.grow.weight, block.grow.bias)
+        _write(layer.get_submodule(names.shrink), block.shrink.weight @ basis.T, block.shrink.bias @ basis.T)
+        layer.get_submodule(names.attention_norm).weight.fill_(block.attention_gain)
+        layer.get_submodule(names.output_norm).weight.fill_(block.output_gain)
+
+
+def _share_bias(student: Any, teacher: Any, kept_heads: list[int] | None) -> None:
+    """Copy relative position biases, of the heads that were kept."""
+    name = architecture_of(teacher).shared_bias
+    table = teacher.get_submodule(name).weight
+    student.get_submodule(name).weight.copy_(table if kept_heads is None else table[:, kept_heads])
+
+
+def _write(linear: Any, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight.T)
+    linear.bias.copy_(bias)
+
+
+def _lay_out(width: int) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis (width, width - 2) of the payload, and the direction (width) of the constant."""
+    ones = torch.ones(width, dtype=torch.double)
+    constant = ones.clone()
+    constant[1::2] = -1
+    rest = torch.randn(width, width - 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    basis = torch.linalg.qr(torch.cat([ones[:, None], constant[:, None], rest], 1))[0]
+    return basis[:, 2:].float(), (constant / constant.norm()).float()
+
+
+def _cut(ids: Sequence[Tensor]) -> Iterator[_Chunk]:
+    """Yield chunks of texts, sorted by length, of some thousand tokens."""
+    first = row = 0
+    while first < len(ids):
+        last, n_tokens = first, 0
+        while last < len(ids) and (last == first or n_tokens + len(ids[last]) <= _CHUNK):
+            n_tokens += len(ids[last])
+            last += 1
+        yield _Chunk(slice(row, row + n_tokens), group(ids[first:last]))
+        first, row = last, row + n_tokens
+
+
+def _mean(states: Tensor) -> Tensor:
+    return states.mean(0, dtype=torch.float32)
+
+
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    product: Tensor = (left.T @ right).double()
+    return product
+
+
+def _ridge_of(gram: Tensor, share: float) -> Tensor:
+    return share * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def _solve(gram: Tensor, product: Tensor, ridge: float) -> Tensor:
+    solved: Tensor = torch.linalg.solve(gram + _ridge_of(gram, ridge), product)
+    return solved
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return the symmetric square root of a positive matrix, its smallest eigenvalues lifted."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = (vectors * values.clamp(min=1e-7 * values.max()).sqrt()) @ vectors.T
+    return root
