@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from transformers import AutoModel
 
 from embedistill.architectures import Sizes, count_parameters, read_sizes, resize
 from embedistill.encoding.packed import count_flops
+from embedistill.errors import UsageError
+from embedistill.student.planning import list_rungs
 from embedistill.teacher import encode
 
 TOKENS = 32
@@ -39,7 +41,7 @@ class Forecast:
 
     Attributes:
         name: What it is.
-        sizes: Its sizes, as text.
+        sizes: Its sizes.
         embedding_parameters: Parameters of its table of words.
         other_parameters: All others, the head's among them.
         flops: Floating-point operations for a text of 32 tokens.
@@ -48,7 +50,7 @@ class Forecast:
     """
 
     name: str
-    sizes: str
+    sizes: Sizes
     embedding_parameters: int
     other_parameters: int
     flops: float
@@ -71,14 +73,12 @@ def write_text(tokenizer: Any, tokens: int = TOKENS) -> str:
     return min(texts, key=lambda text: abs(len(tokenizer(text)["input_ids"]) - tokens))
 
 
-def measure(
-    models: dict[str, SentenceTransformer], texts: Sequence[str], seconds: float = _SECONDS
-) -> dict[str, Speed]:
-    """Return how fast models encode a batch of texts, and the first alone; they take turns."""
-    batch = list(texts)[:_BATCH]
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+def measure(models: dict[str, SentenceTransformer]) -> dict[str, Speed]:
+    """Return how fast models encode texts of 32 tokens, counted by the first one's tokenizer; they take turns."""
+    batch = [write_text(next(iter(models.values())).tokenizer)] * _BATCH
     for model in models.values():
         encode(model, batch)
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     while any(sum(map(sum, times)) < _SECONDS or len(times[1]) < 3 for times in found.values()):
         for name, model in models.items():
             for times, some in zip(found[name], (batch, batch[:1]), strict=True):
@@ -110,6 +110,7 @@ def forecast(
     *,
     step_texts: Sequence[str] = (),
     steps: float = 0.0,
+    most_hours: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Forecast]:
     """Return what a teacher costs, and what students of some sizes will, timed beside each other.
@@ -120,10 +121,11 @@ def forecast(
         embedding_size: Dimension of their embeddings.
         step_texts: The texts of one step of training.
         steps: How many steps the training takes.
+        most_hours: What it takes at most.
         dtype: Number format of the training.
     """
     stand_ins = {name: make_stand_in(teacher, sizes, embedding_size) for name, sizes in students.items()}
-    speeds = measure({"teacher": teacher, **stand_ins}, [write_text(teacher.tokenizer)] * _BATCH)
+    speeds = measure({"teacher": teacher, **stand_ins})
     body: Any = teacher[0]
     config = body.model.config
     own = read_sizes(config.to_dict())
@@ -134,18 +136,15 @@ def forecast(
         head = sizes.hidden_size * embedding_size
         one = replace(one, other_parameters=one.other_parameters + head, flops=one.flops + 2 * head)
         hours = steps * time_step(stand_ins[name], step_texts, dtype) / 3600 if step_texts else None
+        if hours is not None and most_hours is not None:
+            hours = min(hours, most_hours)
         found.append(replace(one, training_hours=hours))
     return found
 
 
 def _describe(name: str, sizes: Sizes, config: Any, model: Any, speed: Speed) -> Forecast:
     words, rest = count_parameters(resize(config, sizes, list(range(sizes.layers))))
-    parts = asdict(sizes)
-    text = (
-        f"{parts['layers']} x {parts['hidden_size']}, {parts['num_attention_heads']} heads, "
-        f"{parts['intermediate_size']} inner, {parts['vocabulary_size']:,} pieces"
-    )
-    return Forecast(name, text, words, rest, count_flops(model, [TOKENS]), speed)
+    return Forecast(name, sizes, words, rest, count_flops(model, [TOKENS]), speed)
 
 
 def time_step(model: SentenceTransformer, texts: Sequence[str], dtype: torch.dtype) -> float:
@@ -168,3 +167,18 @@ def time_step(model: SentenceTransformer, texts: Sequence[str], dtype: torch.dty
         seconds.append(time.perf_counter() - start)
     model.eval()
     return min(seconds)
+
+
+def choose_by_speed(teacher: SentenceTransformer, config: dict[str, Any], embedding_size: int, speedup: float) -> Sizes:
+    """Return the largest sizes whose stand-in encodes so many times as fast as its teacher.
+
+    Raises:
+        UsageError: Not even the smallest does.
+    """
+    best = 0.0
+    for sizes in list_rungs(config):
+        speeds = measure({"teacher": teacher, "student": make_stand_in(teacher, sizes, embedding_size)})
+        best = speeds["student"].texts_per_second / speeds["teacher"].texts_per_second
+        if best >= speedup:
+            return sizes
+    raise UsageError("student.speedup", f"{speedup:g}", f"at most {best:.1f} here", "or student.from=static")

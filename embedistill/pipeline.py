@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from embedistill.architectures import read_config, with_sizes
+from embedistill.architectures import Sizes, read_config, with_sizes
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
@@ -37,16 +37,18 @@ from embedistill.evaluation.tasks import (
     save_sts,
 )
 from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
+from embedistill.forecast import Forecast, Speed, forecast, measure
+from embedistill.outlook import describe_sizes, plan_section, plan_student
 from embedistill.precomputation import encode_missing
 from embedistill.progress import note
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, ShapeSection, dump_recipe
+from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stages, check_space, hold_folder, list_versions
 from embedistill.student.building import add_head, build_student, list_body
 from embedistill.student.head import fit_pca, project
-from embedistill.student.planning import TransformerPlan, plan_transformer
+from embedistill.student.planning import TransformerPlan
 from embedistill.student.saving import load_projection, save_student
 from embedistill.student.static import build_static
 from embedistill.teacher import (
@@ -145,11 +147,18 @@ class _Line:
         if section.origin != "teacher":
             return None, None
         config = read_config(self.located.path)
-        assistant = None
-        if section.via:
-            assistant = _plan_section(config, section.via, "student.via")
-            config = with_sizes(config, assistant.sizes)
-        return assistant, _plan_section(config, section, "student")
+        if section.budgets:
+            chosen = self.stages.choose("sizes", lambda: self._choose_sizes(config))
+            note(f"Student: {describe_sizes(Sizes(**chosen))}")
+            planned = TransformerPlan(Sizes(**chosen))
+        if not section.via:
+            return None, planned if section.budgets else plan_section(config, section, "student")
+        assistant = plan_section(config, section.via, "student.via")
+        config = with_sizes(config, assistant.sizes)
+        return assistant, planned if section.budgets else plan_section(config, section, "student")
+
+    def _choose_sizes(self, config: dict[str, Any]) -> dict[str, int]:
+        return asdict(plan_student(self.recipe.student, config, load(self.located)).sizes)
 
     def _choose_dtype(self, role: str, wanted: Dtype) -> torch.dtype:
         name = self.stages.choose(f"{role}_dtype", lambda: str(choose_dtype(wanted)).removeprefix("torch."))
@@ -268,6 +277,7 @@ class _Line:
 
     def build(self) -> dict[str, Any]:
         source = self._load(TRAINED_ASSISTANT) if self.recipe.student.via else load(self.located)
+        self.stages.choose("forecast", self._forecast)
         return self._build(source, self.plan, "untrained")
 
     def _build(self, source: SentenceTransformer, plan: TransformerPlan | None, name: str) -> dict[str, Any]:
@@ -287,6 +297,40 @@ class _Line:
             student = build_static(source, texts, targets, vocabulary_size=section.vocabulary_size, counted=counted)
         self._save(student, self.folder / name, projection, layers)
         return {"layers": layers}
+
+    def _forecast(self) -> list[dict[str, Any]]:
+        """Return what teacher and student will cost; nothing where the student is not of planned sizes."""
+        if not self.plan:
+            return []
+        teacher = load(self.located)
+        size = self.recipe.student.embedding_size or teacher.get_embedding_dimension() or 0
+        return [asdict(one) for one in forecast(teacher, {"student": self.plan.sizes}, size)]
+
+    def _compare_forecast(self, models: dict[str, SentenceTransformer]) -> list[dict[str, Any]]:
+        """Return what was planned beside what is measured: rows of what, planned, measured."""
+        planned = [
+            Forecast(**one | {"speed": Speed(**one["speed"]), "sizes": Sizes(**one["sizes"])})
+            for one in self.stages.record["chosen"]["forecast"]
+        ]
+        if not planned:
+            return []
+        speeds = measure({role: models[role] for role in ("teacher", "student")})
+        parameters = sum(parameter.numel() for parameter in models["student"].parameters())
+        (teacher, student), (t, s) = planned, speeds.values()
+        rows = [
+            ("million parameters", student.parameters / 1e6, parameters / 1e6),
+            (
+                "times the teacher's texts/s",
+                student.speed.texts_per_second / teacher.speed.texts_per_second,
+                s.texts_per_second / t.texts_per_second,
+            ),
+            (
+                "of the teacher's latency",
+                student.speed.latency_ms / teacher.speed.latency_ms,
+                s.latency_ms / t.latency_ms,
+            ),
+        ]
+        return [{"what": what, "planned": before, "measured": after} for what, before, after in rows]
 
     def _sample(self, model: SentenceTransformer) -> tuple[list[str], Embeddings]:
         """Return some training texts as the model sees them, in random order, and the teacher's vectors of them."""
@@ -368,7 +412,11 @@ class _Line:
             for role, model in models.items()
         ]
         wanted = set(self.recipe.evaluation.tasks)
-        return {"models": facts, "skipped": sorted(wanted - {task.name for task in tasks})}
+        return {
+            "models": facts,
+            "skipped": sorted(wanted - {task.name for task in tasks}),
+            "planned": self._compare_forecast(models),
+        }
 
     def report(self) -> None:
         section, facts = self.recipe.evaluation, self.stages.facts("evaluation")
@@ -387,6 +435,7 @@ class _Line:
             corpus=self.stages.facts("corpus")["funnel"] | {f"vectors {name}": count for name, count in faults.items()},
             seconds=self.stages.seconds,
             skipped=facts["skipped"],
+            planned=facts["planned"],
         )
         save_report(report, self.folder)
         write_page(report, self.folder)
@@ -422,11 +471,6 @@ class _Line:
         with written_aside(folder) as part:
             part.mkdir()
             save_student(student, part, projection, space)
-
-
-def _plan_section(config: Mapping[str, Any], section: ShapeSection, where: str) -> TransformerPlan:
-    sizes = {name: getattr(section, name) for name in ShapeSection.model_fields}
-    return plan_transformer(config, **sizes, where=where)
 
 
 def _texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:

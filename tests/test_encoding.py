@@ -81,7 +81,7 @@ def test_without_padding_the_layers_give_what_the_model_gives(family: str) -> No
 
 
 def test_what_cannot_be_packed_is_known() -> None:
-    assert not can_pack(DistilBertModel(DistilBertConfig(dim=16, n_heads=2, hidden_dim=24, n_layers=1)))
+    assert not can_pack(ModernBertModel(ModernBertConfig(**SIZES)))
     assert not can_pack(BertModel(BertConfig(**SIZES, hidden_act="relu")))
     assert not can_pack(BertModel(BertConfig(**SIZES, is_decoder=True)))
     assert not can_pack(object())

@@ -24,6 +24,7 @@ ORDER = [
     "search",
     "stages",
     "precomputation",
+    "outlook",
     "judgement",
     "pipeline",
     "cli",
@@ -52,4 +53,4 @@ def test_only_the_pipeline_and_the_command_line_know_a_recipe() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "embedistill.recipe"
     }
-    assert knowing - {"__init__"} == {"precomputation", "pipeline", "cli"}
+    assert knowing - {"__init__"} == {"precomputation", "outlook", "pipeline", "cli"}

@@ -29,6 +29,7 @@ class Report:
         seconds: By stage.
         skipped: Tasks that were asked for and could not be had.
         judged: Roles that the verdict is on.
+        planned: What was planned of the student beside what was measured: what, planned, measured.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: Sequence[str] = ()
     judged: Sequence[str] = ("student",)
+    planned: Sequence[dict[str, Any]] = ()
     schema_version: int = SCHEMA_VERSION
 
     def retention(self, task: str, metric: str | None = None, role: str = "student") -> Retention:

@@ -34,9 +34,18 @@ def to_table(report: Report) -> Table:
         values = [f"{row.values[role]:.4f}" if role in row.values else "" for role in roles]
         kept = [format_retention(row.retention.get(role)) for role in keeps]
         table.add_row(f"{row.task} {row.metric}", *values, *(escape(text) for text in kept))
-    if report.skipped:
-        table.caption = f"left out, no data: {', '.join(report.skipped)}"
+    captions = [f"left out, no data: {', '.join(report.skipped)}"] if report.skipped else []
+    table.caption = "\n".join([*captions, *list_planned(report)]) or None
     return table
+
+
+def list_planned(report: Report) -> list[str]:
+    """Return a line for each figure that was planned: the plan, what was measured, and by how much that is off."""
+    return [
+        f"{row['what']}: planned {row['planned']:.3g}, measured {row['measured']:.3g} "
+        f"({row['measured'] / row['planned'] - 1:+.0%})"
+        for row in report.planned
+    ]
 
 
 def list_facts(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[str]]]:
@@ -69,6 +78,7 @@ def write_page(report: Report, folder: Path) -> Path:
         facts=list(list_facts(report.models)),
         bars=_draw_bars(report.comparisons),
         format_retention=format_retention,
+        planned=list_planned(report),
         curves=_draw_curves([json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         run=read_json(run) if run.is_file() else {},

@@ -53,7 +53,7 @@ def build_student(
         A plain SentenceTransformer of built-in modules: transformer, the teacher's pooling, Dense, Normalize; and the
         layers it is made of.
     """
-    modules: list[nn.Module] = [copy.deepcopy(teacher[0]).cpu(), copy.deepcopy(teacher[1]).cpu()]
+    modules: list[nn.Module] = [copy.deepcopy(module).cpu().eval() for module in (teacher[0], teacher[1])]
     transformer: Any = modules[0]
     if plan.sizes.vocabulary_size < read_sizes(transformer.model.config.to_dict()).vocabulary_size:
         _trim(transformer, counted or texts, plan.sizes.vocabulary_size)

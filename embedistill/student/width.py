@@ -30,12 +30,13 @@ from embedistill.architectures import Sizes, architecture_of, find_layers, find_
 from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, position_bias, positions_of
 from embedistill.progress import progress_bar
 
-_CONSTANT = 4.0  # squared length of the constant part, in multiples of the payload's
+_CONSTANT = 10.0  # squared length of the constant part, in multiples of the payload's
 _RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the sentence, not for the word
 _RIDGE = 1e-4
-_DAMPING = 1e-2
+_DAMPING = 0.3
 _TURNS = 6
 _CHUNK = 8_192  # tokens
+_MANY = 2_048  # neurons, from which on every other chunk is enough to fit what is added
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def fit_narrow(
             blocks.append(fit.add_block(layer, following_layer))
             advance(1)
     config = resize(teacher.config, sizes, layers)
-    student = AutoModel.from_config(config)
+    student = AutoModel.from_config(config, dtype=torch.float32)
     _assemble(student, tables, blocks)
     if architecture_of(teacher).shared_bias:
         _share_bias(student, teacher, fit.kept_heads)
@@ -274,7 +275,7 @@ class _Fit:
         """Let a block add a linear map of its features to the stream, so that the states can be decoded from it."""
         mean, target_mean = self.stream.payload.mean(0), _mean(states)
         sums = _Sums()
-        for chunk in self.chunks:
+        for chunk in self.chunks[:: 2 if self.sizes.intermediate_size > _MANY else 1]:
             read = functional.pad(features(chunk.rows), (0, 1), value=1.0)
             payload = self.stream.payload[chunk.rows] - mean
             target = states[chunk.rows].float() - target_mean
@@ -381,7 +382,7 @@ def _lay_out(width: int) -> tuple[Tensor, Tensor]:
     constant[1::2] = -1
     rest = torch.randn(width, width - 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     basis = torch.linalg.qr(torch.cat([ones[:, None], constant[:, None], rest], 1))[0]
-    return basis[:, 2:].float(), (constant / constant.norm()).float()
+    return basis[:, 2:].float(), basis[:, 1].float()
 
 
 def _cut(ids: Sequence[Tensor]) -> Iterator[_Chunk]:

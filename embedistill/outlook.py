@@ -1,0 +1,119 @@
+"""What a recipe's student will cost, before anything is encoded or trained."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from embedistill.architectures import Sizes, read_config
+from embedistill.corpus.reading import Columns, describe_source, read_corpus
+from embedistill.encoding.hardware import choose_dtype
+from embedistill.encoding.local import LocalEncoder
+from embedistill.errors import UsageError
+from embedistill.forecast import Forecast, choose_by_speed, forecast
+from embedistill.recipe import Recipe, ShapeSection, StudentSection
+from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, plan_transformer
+from embedistill.teacher import default_cache_dir, load, locate
+
+_SAMPLE = 128
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a recipe will cost.
+
+    Attributes:
+        forecasts: Of the teacher, the student, and three of its neighbours.
+        texts: How many texts of the corpus are encoded and trained on.
+        encode_hours: For the teacher to encode them, if none is in the cache.
+    """
+
+    forecasts: list[Forecast]
+    texts: int
+    encode_hours: float
+
+
+def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
+    """Return what a recipe's student and three neighbours will cost, as stand-ins of their sizes were timed here.
+
+    Args:
+        recipe: From `load_recipe`, with a student that is made of its teacher's weights.
+        cache_dir: Folder for models; default: `default_cache_dir()`.
+
+    Raises:
+        EmbedistillError: The student cannot be planned, or the corpus or the teacher cannot be read.
+    """
+    if recipe.student.origin != "teacher" or recipe.teacher.api:
+        raise UsageError("student.from", recipe.student.origin, "teacher: only what is cut out of it is planned")
+    describe_source(recipe.corpus.source)
+    located = locate(
+        recipe.teacher.model, recipe.teacher.revision, models_dir=Path(cache_dir or default_cache_dir()) / "models"
+    )
+    config = read_config(located.path)
+    teacher = load(located)
+    sizes = plan_student(recipe.student, config, teacher).sizes
+    n_texts, sample = _sample_corpus(recipe)
+    training = recipe.training
+    forecasts = forecast(
+        teacher,
+        {"student": sizes, **list_neighbours(config, sizes)},
+        recipe.student.embedding_size or teacher.get_embedding_dimension() or sizes.hidden_size,
+        step_texts=sample[: training.batch_size],
+        steps=training.epochs * n_texts / training.batch_size,
+        most_hours=training.minutes / 60 if training.minutes else None,
+        dtype=choose_dtype(training.dtype),
+    )
+    encoder = LocalEncoder(located, choose_dtype(recipe.teacher.dtype))
+    encoder.run(encoder.prepare(sample[:8], "document"))
+    start = time.perf_counter()
+    encoder.run(encoder.prepare(sample, "document"))
+    return Outlook(forecasts, n_texts, (time.perf_counter() - start) / len(sample) * n_texts / 3600)
+
+
+def plan_student(section: StudentSection, config: dict[str, Any], teacher: SentenceTransformer) -> TransformerPlan:
+    """Return what a student made of its teacher's weights shall be: as it is written, or as a budget chooses."""
+    if not section.budgets:
+        return plan_section(config, section, "student")
+    ((name, budget),) = section.budgets.items()
+    size = section.embedding_size or teacher.get_embedding_dimension() or 0
+    if name == "speedup":
+        return TransformerPlan(choose_by_speed(teacher, config, size, budget))
+    most = budget * 1e6 if name == "max_mb_int8" else budget
+    return TransformerPlan(choose_sizes(config, size, most, f"student.{name}"))
+
+
+def plan_section(config: dict[str, Any], section: ShapeSection, where: str) -> TransformerPlan:
+    """Return what the sizes of a section stand for."""
+    sizes = {name: getattr(section, name) for name in ShapeSection.model_fields}
+    return plan_transformer(config, **sizes, where=where)
+
+
+def describe_sizes(sizes: Sizes) -> str:
+    """Return sizes in one line."""
+    return f"{sizes.layers} x {sizes.hidden_size}, {sizes.vocabulary_size:,} pieces"
+
+
+def _sample_corpus(recipe: Recipe) -> tuple[int, list[str]]:
+    """Return how many texts a recipe encodes, and some of them, chosen at random."""
+    section = recipe.corpus
+    columns = Columns(section.text_column, section.query_column, section.max_characters, section.bad_rows)
+    rng = np.random.default_rng(recipe.seed)
+    sample: list[str] = []
+    count = queries = 0
+    for record in read_corpus(section.source, columns):
+        if record is None or len(record.text) < section.min_characters:
+            continue
+        place = count if count < _SAMPLE else int(rng.integers(0, count + 1))
+        if place < _SAMPLE:
+            sample[place : place + 1] = [record.document]
+        count += 1
+        queries += bool(record.query)
+    if not sample:
+        raise UsageError(section.source, "no text", "a corpus")
+    share = min(1.0, (section.select.size or count) / count) * (1 - section.holdout)
+    return round(share * (count + queries)), sample
