@@ -148,7 +148,7 @@ def plan(
 def _tabulate_outlook(recipe: Recipe, outlook: Outlook) -> Table:
     """Return a plan as a table: a column a model, a row a figure."""
     table = Table(title=escape(recipe.name), title_justify="left", caption_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for one in outlook.forecasts:
         table.add_column(escape(one.name), justify="right")
     teacher = outlook.forecasts[0].speed.texts_per_second

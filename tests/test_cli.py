@@ -11,9 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from embedistill import cli
-from embedistill.recipe import list_recipes
+from embedistill.recipe import find_recipe, list_recipes
 
-COMMANDS = ["run", "encode", "validate", "evaluate", "compare", "report", "search", "recipes", "cache"]
+COMMANDS = ["run", "encode", "plan", "validate", "evaluate", "compare", "report", "search", "recipes", "cache"]
 RECIPE_COMMANDS = ["list", "show", "copy", "settings"]
 CACHE_COMMANDS = ["list", "verify", "prune", "export", "import"]
 
@@ -54,12 +54,27 @@ def test_every_command_is_listed_here() -> None:
 def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = call(monkeypatch, capsys, "recipes", "list", "--json")
     assert (code, set(json.loads(out))) == (0, {path.stem for path in list_recipes()})
-    assert call(monkeypatch, capsys, "recipes", "show", "quickstart")[1] == list_recipes()[0].read_text()
+    assert call(monkeypatch, capsys, "recipes", "show", "quickstart")[1] == find_recipe("quickstart").read_text()
     assert call(monkeypatch, capsys, "recipes", "copy", "quickstart", "mine.yaml")[0] == 0
     assert call(monkeypatch, capsys, "validate", "mine.yaml", "seed=3")[0] == 0
     code, _, err = call(monkeypatch, capsys, "recipes", "copy", "quickstart", "mine.yaml")
     assert (code, "mine.yaml: exists already; choose another name" in err) == (2, True)
     assert "training.minutes" in call(monkeypatch, capsys, "recipes", "settings")[1]
+
+
+def test_plan_prints_teacher_student_and_three_neighbours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe_file: Path
+) -> None:
+    code, out, _ = call(monkeypatch, capsys, "plan", recipe_file, "student.layers=3", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [one["name"] for one in found["forecasts"]] == [
+        *("teacher", "student", "half the layers", "narrower", "half the pieces")
+    ]
+    assert [one["sizes"]["layers"] for one in found["forecasts"]] == [4, 3, 1, 3, 3]
+    code, out, _ = call(monkeypatch, capsys, "plan", recipe_file)
+    assert (code, "half the" in out, "the teacher encodes them in" in " ".join(out.split())) == (0, True, True)
+    assert not (recipe_file.parent / "runs").exists()
 
 
 def test_wrong_use_is_one_message_and_exit_code_2(

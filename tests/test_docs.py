@@ -11,9 +11,11 @@ import pytest
 
 from embedistill import cli, recipe
 from embedistill.files import sha256_file
+from embedistill.recipe import loading
 from embedistill.wheels import WHEEL_MODELS, WheelModel
 
 ROOT = Path(__file__).parents[1]
+STUDENTS = (ROOT / "docs" / "students.md").read_text(encoding="utf-8")
 ENCODING = (ROOT / "docs" / "encoding.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEACHER = "sentence-transformers/all-mpnet-base-v2"
@@ -33,10 +35,10 @@ def make_place(
     shipped = recipe.find_recipe("quickstart").read_text()
     tiny = re.sub(r"source: .*", f"source: {corpus_file}\n  text_column: body\n  query_column: title", shipped)
     tiny = re.sub(r"layers: 3", "layers: 2", tiny).replace("embedding_size: 384", "embedding_size: 16")
-    tiny = tiny.replace("  minutes: 3.5\n", "  epochs: 1\n").replace("  batch_size: 32", "  batch_size: 16")
+    tiny = tiny.replace("  minutes: 2.5\n", "  epochs: 1\n").replace("  batch_size: 32", "  batch_size: 16")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny)
-    monkeypatch.setattr(recipe, "RECIPES", tmp_path / "recipes")
+    monkeypatch.setattr(loading, "RECIPES", tmp_path / "recipes")
 
 
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -114,3 +116,33 @@ def test_the_makefile_has_what_the_readme_names() -> None:
 def test_the_readme_is_short_and_finished() -> None:
     assert not re.search(r"[A-Z]+_TABLE|TODO|FIXME", README)
     assert len(README.split()) < 1000
+
+
+def test_the_page_on_students_runs(
+    tmp_path: Path,
+    teacher_dir: Path,
+    corpus_file: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
+    (block,) = re.findall(r"```bash\n(.*?)```", STUDENTS, re.DOTALL)
+    tiny = {"hidden_size: 312": "hidden_size: 16", "14.5M": "20K", "16_000": "240", "size: 256": "size: 16"}
+    tiny |= {"sentence-transformers/all-MiniLM-L6-v2": str(teacher_dir)}
+    found = []
+    for line in block.strip().splitlines():
+        command = line
+        for large, small in tiny.items():
+            command = command.replace(large, small)
+        assert run_command(command, monkeypatch) == 0, capsys.readouterr().err
+        found.append(capsys.readouterr().out)
+    assert len(found) == 6
+    assert all("of the teacher's latency: planned" in " ".join(out.split()) for out in found[1:4])
+    runs = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/report.json")}
+    assert len(runs) == 5
+    for folder in runs:
+        student = json.loads((folder / "model" / "embedistill.json").read_text())
+        assert student["teacher"] == TEACHER
+    layers = [model["layers"] for report in runs.values() for model in report["models"] if model["role"] == "student"]
+    assert layers.count(None) == 1  # the static one

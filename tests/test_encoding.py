@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
@@ -44,6 +46,11 @@ FAMILIES = {
     "bert": lambda: BertModel(BertConfig(**SIZES, pad_token_id=0)),
     "mpnet": lambda: MPNetModel(MPNetConfig(**SIZES, pad_token_id=1)),
     "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, pad_token_id=1)),
+    "distilbert": lambda: DistilBertModel(
+        DistilBertConfig(
+            vocab_size=60, dim=16, n_layers=3, n_heads=2, hidden_dim=24, max_position_embeddings=40, pad_token_id=0
+        )
+    ),
     "xlm-roberta": lambda: XLMRobertaModel(XLMRobertaConfig(**SIZES, pad_token_id=1)),
 }
 
@@ -81,7 +88,7 @@ def test_without_padding_the_layers_give_what_the_model_gives(family: str) -> No
 
 
 def test_what_cannot_be_packed_is_known() -> None:
-    assert not can_pack(ModernBertModel(ModernBertConfig(**SIZES)))
+    assert not can_pack(ModernBertModel(ModernBertConfig(**SIZES, pad_token_id=0)))
     assert not can_pack(BertModel(BertConfig(**SIZES, hidden_act="relu")))
     assert not can_pack(BertModel(BertConfig(**SIZES, is_decoder=True)))
     assert not can_pack(object())

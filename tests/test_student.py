@@ -47,14 +47,14 @@ def test_kept_whole_with_its_own_space_the_student_is_the_teacher(
 
 
 @pytest.mark.parametrize("architecture", ["teacher_dir", "mpnet_dir"])
-def test_layers_are_dropped_and_the_teacher_is_left_as_it_was(
+def test_where_few_layers_are_dropped_the_others_stay_and_so_does_the_teacher(
     architecture: str, request: pytest.FixtureRequest, sentences: list[str]
 ) -> None:
     teacher = open_teacher(request, architecture)
     before = teacher.encode(sentences[:50])
-    student, _ = build_student(teacher, TransformerPlan(sizes_of(teacher), [0, 3]), sentences[:50], before)
-    assert (count_layers(student), count_layers(teacher)) == (2, 4)
-    for kept, origin in zip(student[0].model.encoder.layer, [0, 3], strict=True):
+    student, _ = build_student(teacher, TransformerPlan(sizes_of(teacher), [0, 2, 3]), sentences[:50], before)
+    assert (count_layers(student), count_layers(teacher)) == (3, 4)
+    for kept, origin in zip(student[0].model.encoder.layer, [0, 2, 3], strict=True):
         for mine, theirs in zip(kept.parameters(), teacher[0].model.encoder.layer[origin].parameters(), strict=True):
             assert torch.equal(mine, theirs)
     np.testing.assert_array_equal(teacher.encode(sentences[:50]), before)
@@ -76,7 +76,11 @@ def test_a_narrow_student_with_few_pieces_is_as_planned_and_near_its_teacher(
     assert find_words(model).weight.shape == (wanted.vocabulary_size, 24)
     assert len(student.tokenizer) == wanted.vocabulary_size
     assert model.config.num_attention_heads == 3
-    assert (student.encode(sentences) * project(vectors, projection)).sum(1).mean() > 0.9
+    targets = project(vectors, projection)
+    usual = project(targets.mean(0, keepdims=True), None)
+    usual = usual / np.linalg.norm(usual)
+    gap = 1 - (student.encode(sentences) * targets).sum(1).mean()
+    assert gap < 0.5 * (1 - (targets @ usual.T).mean())  # half of what is between the texts, at the very least
     (tmp_path / "s").mkdir()
     save_student(student, tmp_path / "s", projection, {"layers": layers})
     again = SentenceTransformer(str(tmp_path / "s"), device="cpu")
@@ -180,7 +184,11 @@ def test_plans_write_every_size_out(teacher_dir: Path) -> None:
         ([1, 1], {}, "ascending numbers"),
         ([], {}, "ascending numbers"),
         (2, {"hidden_size": 33}, "student.hidden_size: 33; expected at most the teacher's 32"),
-        (2, {"num_attention_heads": 3}, "student.num_attention_heads: 3 heads; expected a divisor of hidden_size 32"),
+        (
+            2,
+            {"num_attention_heads": 3},
+            "student.num_attention_heads: 3 heads; expected heads of equal size in hidden_size 32",
+        ),
         (2, {"vocabulary_size": 9000}, "student.vocabulary_size: 9000; expected at most"),
     ],
 )

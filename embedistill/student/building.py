@@ -12,8 +12,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import Tensor, nn
 
-from embedistill.architectures import find_words, keep_layers, read_sizes
+from embedistill.architectures import Sizes, find_words, keep_layers, read_sizes
 from embedistill.encoding.packed import can_pack
+from embedistill.progress import note
 from embedistill.student.depth import search_layers
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.student.planning import TransformerPlan
@@ -22,10 +23,12 @@ from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tok
 from embedistill.student.width import fit_narrow
 from embedistill.teacher import encode_with_progress
 
-SEARCH_TEXTS = 128
+SEARCH_TEXTS = 64
 _FIT_TOKENS = 120_000
 _FIT_LENGTH = 256
 _SELECT_TEXTS = 500
+_BRIDGE_TEXTS = 300
+_MOST_FITTED = 2 / 3  # of the layers: with more, what is cut is near enough to its teacher
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
@@ -43,7 +46,7 @@ def build_student(
     Args:
         teacher: The teacher in fp32; it is left as it is. Its modules are a transformer, a pooling, and whatever else.
         plan: The sizes and layers.
-        texts: Texts to fit on, as the model sees them: with their prompts. The first 128 are for the search of layers
+        texts: Texts to fit on, as the model sees them: with their prompts. The first 64 are for the search of layers
             alone.
         vectors: The teacher's vectors of the texts, shape (n_texts, dim).
         projection: The PCA that the student's space is, shape (dim, embedding_size); None: the teacher's own space.
@@ -59,7 +62,9 @@ def build_student(
         _trim(transformer, counted or texts, plan.sizes.vocabulary_size)
     body = SentenceTransformer(modules=modules, device="cpu")
     cut = min(SEARCH_TEXTS, len(texts) // 4)
-    layers = plan.layers or search_layers(body, plan.sizes.layers, texts[:cut], vectors[:cut])
+    bridged_on = texts[cut : cut + _BRIDGE_TEXTS] if _is_fitted(transformer.model, plan.sizes) else ()
+    layers = plan.layers or search_layers(body, plan.sizes.layers, texts[:cut], vectors[:cut], bridged_on)
+    note(f"Layers of the student: {', '.join(map(str, layers))} of its teacher's, counted from 0")
     transformer.model = _shrink(transformer, plan, layers, texts[cut:], vectors[cut:])
     pooling: Any = modules[1]
     modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": plan.sizes.hidden_size})
@@ -101,16 +106,23 @@ def _trim(transformer: Any, texts: Iterable[str], size: int) -> None:
     transformer.processor = trim_tokenizer(tokenizer, kept)
 
 
+def _is_fitted(model: Any, sizes: Sizes) -> bool:
+    """Say whether a student is fitted; where it only loses some layers, or cannot be, it is cut."""
+    own = read_sizes(model.config.to_dict())
+    whole = replace(sizes, layers=own.layers) == own
+    return can_pack(model) and not (whole and sizes.layers > _MOST_FITTED * own.layers)
+
+
 def _shrink(transformer: Any, plan: TransformerPlan, layers: list[int], texts: Sequence[str], vectors: Matrix) -> Any:
-    """Return the model with the planned layers and sizes: fitted, or where it only loses layers, or cannot be, cut."""
+    """Return the model with the planned layers and sizes."""
     model = transformer.model
     own = read_sizes(model.config.to_dict())
+    if _is_fitted(model, plan.sizes):
+        ids = tokenize(transformer, texts)
+        return fit_narrow(model, plan.sizes, layers, ids, vectors[: len(ids)])
     if replace(plan.sizes, layers=own.layers) == own:
         return keep_layers(model, layers)
-    ids = tokenize(transformer, texts)
-    if can_pack(model):
-        return fit_narrow(model, plan.sizes, layers, ids, vectors[: len(ids)])
-    return select_narrow(model, plan.sizes, layers, ids=ids[:_SELECT_TEXTS])
+    return select_narrow(model, plan.sizes, layers, ids=tokenize(transformer, texts[:_SELECT_TEXTS]))
 
 
 def tokenize(transformer: Any, texts: Sequence[str]) -> list[Tensor]:

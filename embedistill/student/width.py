@@ -95,7 +95,7 @@ class _Stream:
         return gain
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fit_narrow(
     teacher: Any, sizes: Sizes, layers: list[int], ids: Sequence[Tensor], targets: npt.NDArray[np.float32]
 ) -> Any:
