@@ -101,9 +101,20 @@ def test_the_page_on_encoding_runs(
 
 
 def test_commands_in_prose_exist() -> None:
-    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README + ENCODING))
+    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README + ENCODING + STUDENTS))
     assert mentioned
-    assert mentioned <= {"run", "encode", "validate", "evaluate", "compare", "report", "search", "recipes", "cache"}
+    assert mentioned <= {
+        "run",
+        "encode",
+        "plan",
+        "validate",
+        "evaluate",
+        "compare",
+        "report",
+        "search",
+        "recipes",
+        "cache",
+    }
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

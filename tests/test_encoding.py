@@ -14,6 +14,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+from tokenizers import Tokenizer
 from transformers import (
     BertConfig,
     BertModel,
@@ -407,3 +408,15 @@ def test_what_an_encoding_took_is_said() -> None:
         "3 GFLOP/s, 30% of what this machine's products reach"
     )
     assert describe_effort(Effort(4, seconds=2.0), None) == "4 texts in 2.0 s, 2.0 texts/s"
+
+
+def test_a_static_teacher_reads_to_the_end_and_has_a_key(mpnet_dir: Path, tmp_path: Path, texts: list[str]) -> None:
+    tokenizer = SentenceTransformer(str(mpnet_dir), device="cpu").tokenizer
+    module = StaticEmbedding(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), embedding_dim=8)
+    model = SentenceTransformer(modules=[module, Normalize()], device="cpu")
+    model.save(str(tmp_path / "static"))
+    located = locate(str(tmp_path / "static"), models_dir=tmp_path)
+    cached = CachedTeacher(LocalEncoder(located, torch.float32), tmp_path / "cache", "float32")
+    assert cached.encode_missing(texts, "document") == len(set(texts))
+    np.testing.assert_allclose(cached.vectors(texts, "document"), model.encode(texts), atol=1e-6)
+    assert cached.encoder.describe("document", "float32")["max_seq_length"] is None

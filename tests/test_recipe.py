@@ -161,3 +161,38 @@ def test_checking_a_recipe_does_not_import_torch() -> None:
     code += "print([name for name in ('torch', 'transformers', 'numpy', 'pyarrow') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ("{}", "expected layers, or one of max_parameters, max_mb_int8 and speedup, and no size beside it"),
+        ("{layers: 2, speedup: 3}", "expected layers, or one of"),
+        ("{max_parameters: 14.5M, speedup: 3}", "expected layers, or one of"),
+        ("{hidden_size: 312}", "expected layers, or one of"),
+        ("{max_parameters: 14.5X}", "r.yaml:4: student.max_parameters: '14.5X'"),
+        ("{from: static, layers: 2}", "expected no layers with from: static"),
+        (
+            "{from: org/other, vocabulary_size: 9, via: {layers: 2}}",
+            "expected no via, vocabulary_size with from: org/other",
+        ),
+        ("{layers: 2, via: {hidden_size: 9}}", "expected layers, a number or a list"),
+        ("{layers: 2, form: static}", "did you mean from?"),
+    ],
+)
+def test_students_of_two_kinds_or_none_are_refused(tmp_path: Path, student: str, message: str) -> None:
+    (found,) = problems(tmp_path, GOOD.replace("{layers: 2}", student))
+    assert message in found
+
+
+def test_a_student_is_read_and_written_by_the_names_of_a_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("{layers: 2}", "{from: static, embedding_size: 8}"))
+    recipe = load_recipe(path)
+    assert (recipe.student.origin, recipe.student.layers, recipe.student.budgets) == ("static", None, {})
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert "  from: static\n" in dump_recipe(recipe)
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    budget = load_recipe(path, "student={max_parameters: 14.5M}").student
+    assert budget.budgets == {"max_parameters": 14_500_000}
+    assert "student.from" in {setting.key for setting in list_settings()}
+    assert "student.via.layers" in {setting.key for setting in list_settings()}

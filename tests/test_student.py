@@ -94,6 +94,11 @@ def test_a_static_student_has_no_layers_and_says_what_its_pieces_say(
     teacher = SentenceTransformer(str(mpnet_dir), device="cpu")
     vectors = teacher.encode(sentences)
     student = build_static(teacher, sentences[:300], vectors[:300], vocabulary_size=240)
+    teacher.tokenizer.backend_tokenizer.enable_padding(pad_id=0, pad_token="<pad>")  # as all-mpnet-base-v2's is
+    padded = build_static(teacher, sentences[:300], vectors[:300])
+    teacher.tokenizer.backend_tokenizer.no_padding()
+    plain = build_static(teacher, sentences[:300], vectors[:300])
+    np.testing.assert_allclose(padded[0].embedding.weight.detach(), plain[0].embedding.weight.detach(), atol=1e-5)
     assert [type(module).__name__ for module in student] == ["StaticEmbedding", "Normalize"]
     assert student[0].embedding.weight.shape == (240, 32)
     found = student.encode(sentences[300:])

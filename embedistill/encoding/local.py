@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,13 +144,14 @@ class LocalEncoder:
         The modules' own configuration stands for pooling, normalisation and whatever else a teacher does.
         """
         routed = type(self.model[0]).__name__ == "Router"
+        length = self.model.max_seq_length
         return {
             "teacher": self.located.name,
             "weights_sha256": self.located.weights_sha256,
             "settings_sha256": self.located.settings_sha256,
             "prompt": find_prompt(self.model, kind),
             "task": kind if routed else None,
-            "max_seq_length": self.model.max_seq_length,
+            "max_seq_length": length if length and math.isfinite(length) else None,  # a static model reads to the end
             "modules": [repr(module) for module in self.model][1:],
             "normalised": True,
             "compute_dtype": str(self.dtype).removeprefix("torch."),

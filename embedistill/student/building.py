@@ -47,7 +47,7 @@ def build_student(
         teacher: The teacher in fp32; it is left as it is. Its modules are a transformer, a pooling, and whatever else.
         plan: The sizes and layers.
         texts: Texts to fit on, as the model sees them: with their prompts. The first 64 are for the search of layers
-            alone.
+            alone; of the others as many are used as make 120,000 tokens.
         vectors: The teacher's vectors of the texts, shape (n_texts, dim).
         projection: The PCA that the student's space is, shape (dim, embedding_size); None: the teacher's own space.
         counted: Texts whose pieces are counted where the vocabulary is trimmed; default: those to fit on.
@@ -65,10 +65,12 @@ def build_student(
     bridged_on = texts[cut : cut + _BRIDGE_TEXTS] if _is_fitted(transformer.model, plan.sizes) else ()
     layers = plan.layers or search_layers(body, plan.sizes.layers, texts[:cut], vectors[:cut], bridged_on)
     note(f"Layers of the student: {', '.join(map(str, layers))} of its teacher's, counted from 0")
-    transformer.model = _shrink(transformer, plan, layers, texts[cut:], vectors[cut:])
+    ids = tokenize(transformer, texts[cut:])
+    texts, vectors = texts[cut : cut + len(ids)], vectors[cut : cut + len(ids)]
+    transformer.model = _shrink(transformer.model, plan.sizes, layers, ids, vectors)
     pooling: Any = modules[1]
     modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": plan.sizes.hidden_size})
-    return add_head(modules, teacher, texts[cut:], project(vectors[cut:], projection)), layers
+    return add_head(modules, teacher, texts, project(vectors, projection)), layers
 
 
 def add_head(
@@ -113,27 +115,23 @@ def _is_fitted(model: Any, sizes: Sizes) -> bool:
     return can_pack(model) and not (whole and sizes.layers > _MOST_FITTED * own.layers)
 
 
-def _shrink(transformer: Any, plan: TransformerPlan, layers: list[int], texts: Sequence[str], vectors: Matrix) -> Any:
+def _shrink(model: Any, sizes: Sizes, layers: list[int], ids: list[Tensor], vectors: Matrix) -> Any:
     """Return the model with the planned layers and sizes."""
-    model = transformer.model
-    own = read_sizes(model.config.to_dict())
-    if _is_fitted(model, plan.sizes):
-        ids = tokenize(transformer, texts)
-        return fit_narrow(model, plan.sizes, layers, ids, vectors[: len(ids)])
-    if replace(plan.sizes, layers=own.layers) == own:
+    if _is_fitted(model, sizes):
+        return fit_narrow(model, sizes, layers, ids, vectors)
+    if replace(sizes, layers=0) == replace(read_sizes(model.config.to_dict()), layers=0):
         return keep_layers(model, layers)
-    return select_narrow(model, plan.sizes, layers, ids=tokenize(transformer, texts[:_SELECT_TEXTS]))
+    return select_narrow(model, sizes, layers, ids=ids[:_SELECT_TEXTS])
 
 
 def tokenize(transformer: Any, texts: Sequence[str]) -> list[Tensor]:
-    """Return the token ids of as many texts as are used for fitting."""
+    """Return the token ids of the first texts, up to 256 of each and 120,000 in all."""
     length = min(_FIT_LENGTH, transformer.max_seq_length or _FIT_LENGTH)
     found: list[Tensor] = []
     n_tokens = 0
     for start in range(0, len(texts), 1000):
-        for ids in transformer.tokenizer(list(texts[start : start + 1000]), truncation=True, max_length=length)[
-            "input_ids"
-        ]:
+        some = list(texts[start : start + 1000])
+        for ids in transformer.tokenizer(some, truncation=True, max_length=length)["input_ids"]:
             n_tokens += len(ids)
             if found and n_tokens > _FIT_TOKENS:
                 return found

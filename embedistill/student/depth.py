@@ -16,6 +16,7 @@ from embedistill.progress import progress_bar
 from embedistill.student.head import Matrix
 
 _TEXTS = 64
+_LENGTH = 128  # tokens
 _RIDGE = 1e-3
 _TEXTS_PADDED = 32  # where every candidate is run as a whole
 
@@ -106,7 +107,8 @@ class _Bridges:
 def _tokenize(teacher: SentenceTransformer, texts: Sequence[str]) -> tuple[list[Tensor], list[int]]:
     """Return the token ids of texts from the shortest, and which text each is."""
     tokenizer: Any = teacher.tokenizer
-    ids = tokenizer(list(texts), truncation=True, max_length=teacher.max_seq_length)["input_ids"]
+    length = min(_LENGTH, teacher.max_seq_length or _LENGTH)
+    ids = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
     return [torch.tensor(ids[number]) for number in order], order
 

@@ -56,6 +56,7 @@ def build_static(
     trimmed: Any = tokenizer if len(kept) == len(counts) else trim_tokenizer(tokenizer, kept)
     backend = Tokenizer.from_str(trimmed.backend_tokenizer.to_str())
     backend.no_truncation()
+    backend.no_padding()
     share = (counts[kept] + 0.5) / (counts[kept] + 0.5).sum()
     features = _describe_pieces(teacher, kept) * (_RARITY / (_RARITY + share))[:, None]
     uses = _count_uses(backend, texts, len(kept))
