@@ -108,8 +108,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return a model's configuration as its folder has it, without loading the model.
 
     Raises:
-        UsageError: Its architecture is not supported.
+        UsageError: Its architecture is not supported, or it is not a transformer with a pooling behind it.
     """
+    modules = [module["type"] for module in read_json(folder / "modules.json")] if _has_modules(folder) else []
+    if modules and not (len(modules) > 1 and modules[1].endswith("Pooling")):
+        found = f"modules {', '.join(modules)}"
+        raise UsageError(f"teacher {folder}", found, "a transformer, a Pooling, and what may follow", "choose another")
     path = folder / "config.json"
     config: dict[str, Any] = read_json(path) if path.is_file() else {}
     architecture = config.get("model_type")
@@ -117,6 +121,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         do = "choose a teacher of one of these, or start from another model of your choice: student.from"
         raise UsageError(f"teacher {folder}", f"architecture {architecture!r}", ", ".join(ARCHITECTURES), do)
     return config
+
+
+def _has_modules(folder: Path) -> bool:
+    return (folder / "modules.json").is_file()
 
 
 def read_sizes(config: Mapping[str, Any]) -> Sizes:

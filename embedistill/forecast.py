@@ -100,7 +100,8 @@ def make_stand_in(teacher: SentenceTransformer, sizes: Sizes, embedding_size: in
     transformer.model = AutoModel.from_config(config).eval()
     pooling: Any = Pooling(sizes.hidden_size)
     head = Dense(sizes.hidden_size, embedding_size, bias=False, activation_function=nn.Identity())
-    return SentenceTransformer(modules=[transformer, pooling, head, Normalize()], device=str(teacher.device))
+    prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
+    return SentenceTransformer(modules=[transformer, pooling, head, Normalize()], device=str(teacher.device), **prompts)
 
 
 def forecast(
@@ -147,12 +148,19 @@ def _describe(name: str, sizes: Sizes, config: Any, model: Any, speed: Speed) ->
     return Forecast(name, sizes, words, rest, count_flops(model, [TOKENS]), speed)
 
 
+def _wait(model: SentenceTransformer) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def time_step(model: SentenceTransformer, texts: Sequence[str], dtype: torch.dtype) -> float:
     """Return the seconds of one step of training on some texts: the faster of two."""
     model.train()
     seconds = []
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.0)
     for _ in range(2):
+        _wait(model)
         start = time.perf_counter()
         features: Any = {
             name: value.to(model.device)
@@ -164,6 +172,7 @@ def time_step(model: SentenceTransformer, texts: Sequence[str], dtype: torch.dty
         vectors.square().sum().backward()
         optimiser.step()
         optimiser.zero_grad()
+        _wait(model)
         seconds.append(time.perf_counter() - start)
     model.eval()
     return min(seconds)

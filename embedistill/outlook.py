@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from embedistill.architectures import Sizes, read_config
+from embedistill.architectures import Sizes, read_config, with_sizes
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
@@ -57,8 +57,8 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     config = read_config(located.path)
     teacher = load(located)
     sizes = plan_student(recipe.student, config, teacher).sizes
-    n_texts, sample = _sample_corpus(recipe)
     training = recipe.training
+    n_texts, sample = _sample_corpus(recipe, max(_SAMPLE, training.batch_size))
     forecasts = forecast(
         teacher,
         {"student": sizes, **list_neighbours(config, sizes)},
@@ -71,13 +71,16 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     encoder = LocalEncoder(located, choose_dtype(recipe.teacher.dtype))
     encoder.run(encoder.prepare(sample[:8], "document"))
     start = time.perf_counter()
-    encoder.run(encoder.prepare(sample, "document"))
-    return Outlook(forecasts, n_texts, (time.perf_counter() - start) / len(sample) * n_texts / 3600)
+    some = sample[:_SAMPLE]
+    encoder.run(encoder.prepare(some, "document"))
+    return Outlook(forecasts, n_texts, (time.perf_counter() - start) / len(some) * n_texts / 3600)
 
 
 def plan_student(section: StudentSection, config: dict[str, Any], teacher: SentenceTransformer) -> TransformerPlan:
     """Return what a student made of its teacher's weights shall be: as it is written, or as a budget chooses."""
     if not section.budgets:
+        if section.via:
+            config = with_sizes(config, plan_section(config, section.via, "student.via").sizes)
         return plan_section(config, section, "student")
     ((name, budget),) = section.budgets.items()
     size = section.embedding_size or teacher.get_embedding_dimension() or 0
@@ -98,7 +101,7 @@ def describe_sizes(sizes: Sizes) -> str:
     return f"{sizes.layers} x {sizes.hidden_size}, {sizes.vocabulary_size:,} pieces"
 
 
-def _sample_corpus(recipe: Recipe) -> tuple[int, list[str]]:
+def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
     """Return how many texts a recipe encodes, and some of them, chosen at random."""
     section = recipe.corpus
     columns = Columns(section.text_column, section.query_column, section.max_characters, section.bad_rows)
@@ -108,8 +111,8 @@ def _sample_corpus(recipe: Recipe) -> tuple[int, list[str]]:
     for record in read_corpus(section.source, columns):
         if record is None or len(record.text) < section.min_characters:
             continue
-        place = count if count < _SAMPLE else int(rng.integers(0, count + 1))
-        if place < _SAMPLE:
+        place = count if count < size else int(rng.integers(0, count + 1))
+        if place < size:
             sample[place : place + 1] = [record.document]
         count += 1
         queries += bool(record.query)

@@ -109,9 +109,11 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         if recipe.student.via:
             begun = stages.run("assistant", line.build_assistant, [encoded], [ASSISTANT])
             encoded = stages.run("assistant training", line.train_assistant, [begun], [TRAINED_ASSISTANT])
-        built = stages.run("student", line.build, [encoded], ["untrained"])
+        started = [line.start.weights_sha256, line.start.settings_sha256] if line.start else []
+        built = stages.run("student", line.build, [encoded, *started], ["untrained"])
         trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
-        scored = stages.run("evaluation", line.evaluate, [trained], ["results"])
+        compared = [found.weights_sha256 for found in line.baselines.values()]
+        scored = stages.run("evaluation", line.evaluate, [trained, *compared], ["results"])
         stages.run("report", line.report, [scored], [REPORT, "report.html"])
         if recipe.search:
             stages.run("index", line.index, [trained], [INDEX])
@@ -144,11 +146,14 @@ class _Line:
     def _plan(self) -> tuple[TransformerPlan | None, TransformerPlan | None]:
         """Check the sizes of the assistant and the student against what they are made of."""
         section = self.recipe.student
-        if section.origin != "teacher":
+        if section.origin not in {"teacher", "static"}:
             return None, None
         config = read_config(self.located.path)
+        if section.origin == "static":
+            return None, None
         if section.budgets:
-            chosen = self.stages.choose("sizes", lambda: self._choose_sizes(config))
+            name = f"sizes {self.located.weights_sha256[:12]}"
+            chosen = self.stages.choose(name, lambda: self._choose_sizes(config))
             note(f"Student: {describe_sizes(Sizes(**chosen))}")
             planned = TransformerPlan(Sizes(**chosen))
         if not section.via:
@@ -277,7 +282,7 @@ class _Line:
 
     def build(self) -> dict[str, Any]:
         source = self._load(TRAINED_ASSISTANT) if self.recipe.student.via else load(self.located)
-        self.stages.choose("forecast", self._forecast)
+        self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
         return self._build(source, self.plan, "untrained")
 
     def _build(self, source: SentenceTransformer, plan: TransformerPlan | None, name: str) -> dict[str, Any]:
@@ -310,7 +315,7 @@ class _Line:
         """Return what was planned beside what is measured: rows of what, planned, measured."""
         planned = [
             Forecast(**one | {"speed": Speed(**one["speed"]), "sizes": Sizes(**one["sizes"])})
-            for one in self.stages.record["chosen"]["forecast"]
+            for one in self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
         ]
         if not planned:
             return []

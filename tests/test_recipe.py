@@ -196,3 +196,11 @@ def test_a_student_is_read_and_written_by_the_names_of_a_recipe(tmp_path: Path) 
     assert budget.budgets == {"max_parameters": 14_500_000}
     assert "student.from" in {setting.key for setting in list_settings()}
     assert "student.via.layers" in {setting.key for setting in list_settings()}
+
+
+def test_a_model_to_start_from_may_be_a_folder_and_a_budget_goes_without_assistant(tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    recipe = load_recipe(write(tmp_path, GOOD), "student={from: start}")
+    assert recipe.student.origin == str(tmp_path / "start")
+    (found,) = problems(tmp_path, GOOD.replace("{layers: 2}", "{speedup: 2, via: {layers: 2}}"))
+    assert "expected layers beside via" in found

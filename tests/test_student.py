@@ -52,7 +52,7 @@ def test_where_few_layers_are_dropped_the_others_stay_and_so_does_the_teacher(
 ) -> None:
     teacher = open_teacher(request, architecture)
     before = teacher.encode(sentences[:50])
-    student, _ = build_student(teacher, TransformerPlan(sizes_of(teacher), [0, 2, 3]), sentences[:50], before)
+    student, _ = build_student(teacher, TransformerPlan(sizes_of(teacher, layers=3), [0, 2, 3]), sentences[:50], before)
     assert (count_layers(student), count_layers(teacher)) == (3, 4)
     for kept, origin in zip(student[0].model.encoder.layer, [0, 2, 3], strict=True):
         for mine, theirs in zip(kept.parameters(), teacher[0].model.encoder.layer[origin].parameters(), strict=True):
@@ -200,3 +200,28 @@ def test_plans_write_every_size_out(teacher_dir: Path) -> None:
 def test_plans_that_cannot_be(teacher_dir: Path, layers: int | list[int], sizes: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan_transformer(read_config(teacher_dir), layers, **sizes)
+
+
+def test_layers_without_a_shared_bias_keep_heads_of_their_own(teacher_dir: Path, sentences: list[str]) -> None:
+    """Two of four heads carry nothing: in the first layer the last two, in the others the first two."""
+    teacher = SentenceTransformer(str(teacher_dir), device="cpu")
+    with torch.no_grad():
+        for number, layer in enumerate(teacher[0].model.encoder.layer):
+            idle = slice(16, 32) if number == 0 else slice(0, 16)
+            layer.attention.self.value.weight[idle] = 0
+            layer.attention.self.value.bias[idle] = 0
+    plan = TransformerPlan(sizes_of(teacher, hidden_size=24, num_attention_heads=2), [0, 3])
+    student, _ = build_student(teacher, plan, sentences, teacher.encode(sentences))
+    for layer in student[0].model.encoder.layer:
+        written = layer.attention.self.value.weight.view(2, 12, 24).norm(dim=(1, 2))
+        assert written.min() > 0.01 * written.max()
+    assert written.min() > 0
+
+
+@pytest.mark.parametrize("n_texts", [2, 5, 30])
+def test_few_texts_still_give_a_student(teacher_dir: Path, sentences: list[str], n_texts: int) -> None:
+    teacher = SentenceTransformer(str(teacher_dir), device="cpu")
+    texts = sentences[:n_texts]
+    student, layers = build_student(teacher, TransformerPlan(sizes_of(teacher)), texts, teacher.encode(texts))
+    assert len(layers) == 2
+    assert np.isfinite(student.encode(texts)).all()

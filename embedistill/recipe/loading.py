@@ -162,16 +162,19 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         store = str(Path(store).expanduser().absolute())
     if data is not None:
         data = str(Path(data).expanduser().absolute())
-    model, *baselines = (
+    model, origin, *baselines = (
         str(Path(name).expanduser().absolute())
         if Path(name).expanduser().is_dir() and not (recipe.teacher.api and name == recipe.teacher.model)
         else name
-        for name in (recipe.teacher.model, *recipe.evaluation.baselines)
+        for name in (recipe.teacher.model, recipe.student.origin, *recipe.evaluation.baselines)
     )
+    if recipe.student.origin in {"teacher", "static"}:
+        origin = recipe.student.origin
     return recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update={"model": model}),
             "corpus": recipe.corpus.model_copy(update={"source": source}),
+            "student": recipe.student.model_copy(update={"origin": origin}),
             "encoding": recipe.encoding.model_copy(update={"store": store}),
             "evaluation": recipe.evaluation.model_copy(update={"data": data, "baselines": baselines}),
         }

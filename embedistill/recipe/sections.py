@@ -163,6 +163,8 @@ class StudentSection(ShapeSection):
     def _is_of_one_kind(self) -> StudentSection:
         sizes = {name for name in ShapeSection.model_fields if getattr(self, name) is not None}
         given = sizes | set(self.budgets)
+        if self.via and self.budgets:
+            raise ValueError("layers beside via: a budget chooses among what is made of the teacher itself")
         if self.origin == "teacher":
             if (self.layers is None) == (not self.budgets) or len(self.budgets) > 1 or (self.budgets and sizes):
                 raise ValueError("layers, or one of max_parameters, max_mb_int8 and speedup, and no size beside it")

@@ -28,6 +28,8 @@ _FIT_TOKENS = 120_000
 _FIT_LENGTH = 256
 _SELECT_TEXTS = 500
 _BRIDGE_TEXTS = 300
+_FEWEST_TEXTS = 8  # that similarities are correlated on
+_HEAD_ROWS = 2  # texts for each input of the head, at least
 _MOST_FITTED = 2 / 3  # of the layers: with more, what is cut is near enough to its teacher
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
@@ -47,7 +49,7 @@ def build_student(
         teacher: The teacher in fp32; it is left as it is. Its modules are a transformer, a pooling, and whatever else.
         plan: The sizes and layers.
         texts: Texts to fit on, as the model sees them: with their prompts. The first 64 are for the search of layers
-            alone; of the others as many are used as make 120,000 tokens.
+            alone; of the others the blocks are fitted on as many as make 120,000 tokens.
         vectors: The teacher's vectors of the texts, shape (n_texts, dim).
         projection: The PCA that the student's space is, shape (dim, embedding_size); None: the teacher's own space.
         counted: Texts whose pieces are counted where the vocabulary is trimmed; default: those to fit on.
@@ -58,18 +60,22 @@ def build_student(
     """
     modules: list[nn.Module] = [copy.deepcopy(module).cpu().eval() for module in (teacher[0], teacher[1])]
     transformer: Any = modules[0]
-    if plan.sizes.vocabulary_size < read_sizes(transformer.model.config.to_dict()).vocabulary_size:
-        _trim(transformer, counted or texts, plan.sizes.vocabulary_size)
+    sizes = plan.sizes
+    if sizes.vocabulary_size < read_sizes(transformer.model.config.to_dict()).vocabulary_size:
+        n_pieces = _trim(transformer, counted or texts, sizes.vocabulary_size)
+        sizes = replace(sizes, vocabulary_size=n_pieces)
     body = SentenceTransformer(modules=modules, device="cpu")
     cut = min(SEARCH_TEXTS, len(texts) // 4)
-    bridged_on = texts[cut : cut + _BRIDGE_TEXTS] if _is_fitted(transformer.model, plan.sizes) else ()
-    layers = plan.layers or search_layers(body, plan.sizes.layers, texts[:cut], vectors[:cut], bridged_on)
+    searched = slice(0, cut if cut >= _FEWEST_TEXTS else SEARCH_TEXTS)
+    bridged_on = texts[cut : cut + _BRIDGE_TEXTS] if _is_fitted(transformer.model, sizes) else ()
+    layers = plan.layers or search_layers(body, sizes.layers, texts[searched], vectors[searched], bridged_on)
     note(f"Layers of the student: {', '.join(map(str, layers))} of its teacher's, counted from 0")
     ids = tokenize(transformer, texts[cut:])
-    texts, vectors = texts[cut : cut + len(ids)], vectors[cut : cut + len(ids)]
-    transformer.model = _shrink(transformer.model, plan.sizes, layers, ids, vectors)
+    transformer.model = _shrink(transformer.model, sizes, layers, ids, vectors[cut : cut + len(ids)])
+    n_texts = max(len(ids), _HEAD_ROWS * sizes.hidden_size)
+    texts, vectors = texts[cut : cut + n_texts], vectors[cut : cut + n_texts]
     pooling: Any = modules[1]
-    modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": plan.sizes.hidden_size})
+    modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": sizes.hidden_size})
     return add_head(modules, teacher, texts, project(vectors, projection)), layers
 
 
@@ -91,8 +97,8 @@ def list_body(model: SentenceTransformer) -> list[nn.Module]:
     return [module for module in modules if not isinstance(module, Normalize)]
 
 
-def _trim(transformer: Any, texts: Iterable[str], size: int) -> None:
-    """Cut the vocabulary of a transformer module, and with it the table, the tokenizer and the ids in its settings."""
+def _trim(transformer: Any, texts: Iterable[str], size: int) -> int:
+    """Cut the vocabulary of a transformer module, its table, its tokenizer and its settings; return the pieces left."""
     tokenizer, model = transformer.tokenizer, transformer.model
     kept = choose_pieces(tokenizer, count_pieces(tokenizer, texts), size)
     table = find_words(model)
@@ -106,6 +112,7 @@ def _trim(transformer: Any, texts: Iterable[str], size: int) -> None:
         if isinstance(old, int):
             setattr(model.config, name, places.get(old))
     transformer.processor = trim_tokenizer(tokenizer, kept)
+    return len(kept)
 
 
 def _is_fitted(model: Any, sizes: Sizes) -> bool:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from embedistill.architectures import architecture_of, find_layers, keep_layers
 from embedistill.encoding.packed import PackedBody, can_pack, group
-from embedistill.progress import progress_bar
+from embedistill.progress import note, progress_bar
 from embedistill.student.head import Matrix
 
 _TEXTS = 64
 _LENGTH = 128  # tokens
+_FEWEST_TEXTS = 4
 _RIDGE = 1e-3
 _TEXTS_PADDED = 32  # where every candidate is run as a whole
 
@@ -42,6 +43,9 @@ def search_layers(
     must = {0} if architecture_of(teacher[0].model).norm_first else set()
     packed = can_pack(teacher[0].model)
     n_texts = min(len(texts), _TEXTS if packed else _TEXTS_PADDED)
+    if n_texts < _FEWEST_TEXTS:
+        note(f"{n_texts} texts are too few to search layers on: they are taken at even distances")
+        return [number * (len(kept) - 1) // max(1, count - 1) for number in range(count)]
     run = _Packed(teacher, texts[:n_texts], bridged_on) if packed else _Whole(teacher, texts[:n_texts])
     wanted = _similarities(torch.from_numpy(targets[:n_texts]))
     rounds = len(kept) - count
@@ -91,7 +95,7 @@ class _Bridges:
         for number in range(len(body.layers)):
             states.append(body.feed(number, body.mix(number, states[-1], groups)))
         self._means = [state.mean(0) for state in states]
-        self._states = [state - mean for state, mean in zip(states, self._means, strict=True)]
+        self._states = [state.sub_(mean) for state, mean in zip(states, self._means, strict=True)]
         self._maps: dict[tuple[int, int], Tensor] = {}
 
     def cross(self, hidden: Tensor, level: int, wanted: int) -> Tensor:

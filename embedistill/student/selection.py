@@ -61,7 +61,7 @@ def select_narrow(
     hidden = _largest(variance, sizes.hidden_size) if dimensions is None else dimensions
     cut = _Cut(names, hidden, old, new)
     kept = [find_layers(teacher)[layer] for layer in layers]
-    heads = _choose_heads(kept, names, n_heads, sizes.num_attention_heads)
+    heads = choose_heads(kept, names, n_heads, sizes.num_attention_heads)
     student = AutoModel.from_config(resize(teacher.config, sizes, layers), dtype=teacher.dtype)
     _copy_rest(student, teacher, hidden, heads[0])
     for own, layer, some, weights in zip(find_layers(student), kept, heads, neurons, strict=True):
@@ -121,7 +121,7 @@ def _batches(ids: Sequence[Tensor]) -> Iterator[Tensor]:
         start += n_texts
 
 
-def _choose_heads(layers: Sequence[Any], names: Architecture, n_heads: int, count: int) -> list[Tensor]:
+def choose_heads(layers: Sequence[Any], names: Architecture, n_heads: int, count: int) -> list[Tensor]:
     """Return which heads each layer keeps: those that write most; the same in all layers where they share a bias."""
     written = torch.stack([_weigh_written(layer, names).view(n_heads, -1).norm(dim=1) for layer in layers])
     if names.shared_bias:

@@ -57,7 +57,7 @@ def build_static(
     backend = Tokenizer.from_str(trimmed.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    share = (counts[kept] + 0.5) / (counts[kept] + 0.5).sum()
+    share = ((counts[kept] + 0.5) / (counts[kept] + 0.5).sum()).astype(np.float32)
     features = _describe_pieces(teacher, kept) * (_RARITY / (_RARITY + share))[:, None]
     uses = _count_uses(backend, texts, len(kept))
     table = features @ solve_ridge((uses @ features).astype(np.float32), targets, _RIDGE)
@@ -75,19 +75,18 @@ def _describe_pieces(teacher: SentenceTransformer, pieces: list[int]) -> Matrix:
     first, *_, last = tokenizer("")["input_ids"] * 2
     ids = torch.tensor([[first, piece, last] for piece in pieces], device=teacher.device)
     packed = PackedBody(transformer.model, torch.bfloat16) if can_pack(transformer.model) else None
-    found = []
+    alone: list[Tensor] = []
+    encoded: list[Tensor] = []
     with progress_bar("teacher encodes pieces", len(pieces), "pieces") as advance:
         for some in ids.split(_BATCH):  # type: ignore[no-untyped-call]
             if packed:
                 states = packed.forward(list(some))[0]
             else:
                 states = transformer.model(input_ids=some, attention_mask=torch.ones_like(some)).last_hidden_state
-            alone = transformer.model.embeddings(input_ids=some[:, 1:2])[:, 0]
-            found.append(torch.cat([alone.float(), _pool(teacher[1], states.float())], 1).cpu())
+            alone.append(transformer.model.embeddings(input_ids=some[:, 1:2])[:, 0].float().cpu())
+            encoded.append(_pool(teacher[1], states.float()).cpu())
             advance(len(some))
-    both = torch.cat(found).numpy()
-    width = both.shape[1] // 2
-    return np.concatenate([part / part.std() for part in (both[:, :width], both[:, width:])], 1)
+    return torch.cat([part / part.std() for part in (torch.cat(alone), torch.cat(encoded))], 1).numpy()
 
 
 def _pool(pooling: Any, states: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import AutoModel
 from embedistill.architectures import Sizes, architecture_of, find_layers, find_words, resize
 from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, position_bias, positions_of
 from embedistill.progress import progress_bar
+from embedistill.student.selection import choose_heads
 
 _CONSTANT = 10.0  # squared length of the constant part, in multiples of the payload's
 _RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the sentence, not for the word
@@ -109,7 +110,7 @@ def fit_narrow(
         targets: The teacher's vectors of these texts, shape (n_texts, dim).
     """
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-    fit = _Fit(teacher, sizes, [ids[number] for number in order], torch.from_numpy(targets[order]))
+    fit = _Fit(teacher, sizes, layers, [ids[number] for number in order], torch.from_numpy(targets[order]))
     tables = fit.embed()
     following = [*layers[1:], len(find_layers(teacher))]
     with progress_bar("student is fitted", len(layers), "layers") as advance:
@@ -121,14 +122,14 @@ def fit_narrow(
     student = AutoModel.from_config(config, dtype=torch.float32)
     _assemble(student, tables, blocks)
     if architecture_of(teacher).shared_bias:
-        _share_bias(student, teacher, fit.kept_heads)
+        _share_bias(student, teacher, fit.kept_heads[layers[0]])
     return student.eval()
 
 
 class _Fit:
     """The state of a fit: where the teacher and the student are, on all tokens."""
 
-    def __init__(self, teacher: Any, sizes: Sizes, ids: list[Tensor], targets: Tensor) -> None:
+    def __init__(self, teacher: Any, sizes: Sizes, layers: list[int], ids: list[Tensor], targets: Tensor) -> None:
         self.teacher, self.sizes, self.ids, self.targets = teacher, sizes, ids, targets
         self.packed = PackedBody(teacher, torch.bfloat16)
         self.chunks = list(_cut(ids))
@@ -136,7 +137,10 @@ class _Fit:
         self.layer = 0
         self.payload_size = sizes.hidden_size - 2
         self.head_size = sizes.hidden_size // sizes.num_attention_heads
-        self.kept_heads: list[int] | None = None
+        kept: Any = [find_layers(teacher)[layer] for layer in layers]
+        names, n_heads = architecture_of(teacher), getattr(teacher.config, architecture_of(teacher).heads)
+        chosen = choose_heads(kept, names, n_heads, sizes.num_attention_heads)
+        self.kept_heads = {layer: heads.tolist() for layer, heads in zip(layers, chosen, strict=True)}
         self.stream: _Stream
 
     def embed(self) -> _Tables:
@@ -178,10 +182,10 @@ class _Fit:
     def add_block(self, layer: int, following: int) -> _Block:
         """Fit a block to a teacher's layer, so that its output leads to what a later layer reads."""
         self._advance(layer)
-        query_key_value = self._narrow_attention(find_layers(self.teacher)[layer])
+        query_key_value = self._narrow_attention(layer)
         bias = position_bias(self.teacher)
-        if bias is not None and self.kept_heads is not None:
-            bias = bias[:, self.kept_heads]
+        if bias is not None:
+            bias = bias[:, self.kept_heads[layer]]
         heads = self.sizes.num_attention_heads
         attended = self._each(
             lambda chunk, _: attend(query_key_value(self.stream.payload[chunk.rows]), chunk.groups, heads, bias)
@@ -208,13 +212,14 @@ class _Fit:
         self.hidden = self._each(lambda chunk, _: self.packed.feed(layer, middle[chunk.rows].float()))
         self.layer = layer + 1
 
-    def _narrow_attention(self, layer: Any) -> _Map:
+    def _narrow_attention(self, number: int) -> _Map:
         """Return queries, keys and values of the teacher's heads in fewer dimensions, from the payload.
 
         Queries and keys keep the largest singular values of their scores, values those of what they add to the stream,
         both weighted by the covariance of what is read.
         """
         names = architecture_of(self.teacher)
+        layer: Any = find_layers(self.teacher)[number]
         decode = self._decode(self.hidden)
         payload = functional.pad(self.stream.payload, (0, 1), value=1.0)
         root = _root(_gram(payload, payload) / len(payload))
@@ -225,21 +230,14 @@ class _Fit:
         teacher_heads = getattr(self.teacher.config, names.heads)
         size = query.shape[1] // teacher_heads
         parts = [slice(head * size, (head + 1) * size) for head in range(teacher_heads)]
-        values = [_low_rank(root @ value[:, part], join[part], self.head_size) for part in parts]
-        if self.sizes.num_attention_heads < teacher_heads and self.kept_heads is None:
-            energy = torch.stack([found[2] for found in values])
-            self.kept_heads = sorted(energy.argsort(descending=True)[: self.sizes.num_attention_heads].tolist())
-        kept = self.kept_heads or list(range(teacher_heads))
         back = torch.linalg.inv(root)
         scale = (self.head_size / size) ** 0.25  # scores are divided by the root of a head's size
         columns: list[list[Tensor]] = [[], [], []]
-        for head in kept:
-            left, right, _energy = _low_rank(
-                root @ query[:, parts[head]], (root @ key[:, parts[head]]).T, self.head_size
-            )
+        for part in (parts[head] for head in self.kept_heads[number]):
+            left, right = _low_rank(root @ query[:, part], (root @ key[:, part]).T, self.head_size)
             columns[0].append(back @ left * scale)
             columns[1].append(back @ right.T * scale)
-            columns[2].append(back @ values[head][0])
+            columns[2].append(back @ _low_rank(root @ value[:, part], join[part], self.head_size)[0])
         joined = torch.cat([torch.cat(part, 1) for part in columns], 1).float()
         return _Map(joined[:-1], joined[-1])
 
@@ -323,8 +321,8 @@ def _solve_in_turns(sums: dict[str, Tensor]) -> Tensor:
     return added
 
 
-def _low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factors of left @ right of at most some rank, padded with zeros to it, and the energy they keep."""
+def _low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return factors of left @ right of at most some rank, padded with zeros to it."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, values, v = torch.linalg.svd(r_left @ r_right.T)
@@ -332,11 +330,7 @@ def _low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     roots = values[:kept].sqrt()
     first, second = q_left @ u[:, :kept] * roots, (roots[:, None] * v[:kept]) @ q_right.T
     missing = rank - kept
-    return (
-        functional.pad(first, (0, missing)),
-        functional.pad(second, (0, 0, 0, missing)),
-        values[:kept].square().sum(),
-    )
+    return functional.pad(first, (0, missing)), functional.pad(second, (0, 0, 0, missing))
 
 
 def _assemble(student: Any, tables: _Tables, blocks: list[_Block]) -> None:
@@ -363,11 +357,11 @@ def _assemble(student: Any, tables: _Tables, blocks: list[_Block]) -> None:
         layer.get_submodule(names.output_norm).weight.fill_(block.output_gain)
 
 
-def _share_bias(student: Any, teacher: Any, kept_heads: list[int] | None) -> None:
+def _share_bias(student: Any, teacher: Any, kept_heads: list[int]) -> None:
     """Copy relative position biases, of the heads that were kept."""
     name = architecture_of(teacher).shared_bias
     table = teacher.get_submodule(name).weight
-    student.get_submodule(name).weight.copy_(table if kept_heads is None else table[:, kept_heads])
+    student.get_submodule(name).weight.copy_(table[:, kept_heads])
 
 
 def _write(linear: Any, weight: Tensor, bias: Tensor) -> None:
