@@ -29,6 +29,7 @@ _FIT_LENGTH = 256
 _SELECT_TEXTS = 500
 _BRIDGE_TEXTS = 300
 _FEWEST_TEXTS = 8  # that similarities are correlated on
+_FEWEST_TOKENS = 16  # for each neuron, to fit a student as wide as its teacher
 _HEAD_ROWS = 2  # texts for each input of the head, at least
 _MOST_FITTED = 2 / 3  # of the layers: with more, what is cut is near enough to its teacher
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
@@ -67,11 +68,17 @@ def build_student(
     body = SentenceTransformer(modules=modules, device="cpu")
     cut = min(SEARCH_TEXTS, len(texts) // 4)
     searched = slice(0, cut if cut >= _FEWEST_TEXTS else SEARCH_TEXTS)
-    bridged_on = texts[cut : cut + _BRIDGE_TEXTS] if _is_fitted(transformer.model, sizes) else ()
+    ids = tokenize(transformer, texts[cut:])
+    fitted = _is_fitted(transformer.model, sizes, sum(len(text) for text in ids))
+    bridged_on = texts[cut : cut + _BRIDGE_TEXTS] if fitted else ()
     layers = plan.layers or search_layers(body, sizes.layers, texts[searched], vectors[searched], bridged_on)
     note(f"Layers of the student: {', '.join(map(str, layers))} of its teacher's, counted from 0")
-    ids = tokenize(transformer, texts[cut:])
-    transformer.model = _shrink(transformer.model, sizes, layers, ids, vectors[cut : cut + len(ids)])
+    if fitted:
+        transformer.model = fit_narrow(transformer.model, sizes, layers, ids, vectors[cut : cut + len(ids)])
+    elif replace(sizes, layers=0) == replace(read_sizes(transformer.model.config.to_dict()), layers=0):
+        transformer.model = keep_layers(transformer.model, layers)
+    else:
+        transformer.model = select_narrow(transformer.model, sizes, layers, ids=ids[:_SELECT_TEXTS])
     n_texts = max(len(ids), _HEAD_ROWS * sizes.hidden_size)
     texts, vectors = texts[cut : cut + n_texts], vectors[cut : cut + n_texts]
     pooling: Any = modules[1]
@@ -115,20 +122,12 @@ def _trim(transformer: Any, texts: Iterable[str], size: int) -> int:
     return len(kept)
 
 
-def _is_fitted(model: Any, sizes: Sizes) -> bool:
-    """Say whether a student is fitted; where it only loses some layers, or cannot be, it is cut."""
+def _is_fitted(model: Any, sizes: Sizes, n_tokens: int) -> bool:
+    """Say whether a student is fitted. Where it only loses some layers, or on few tokens, it is better cut."""
     own = read_sizes(model.config.to_dict())
     whole = replace(sizes, layers=own.layers) == own
-    return can_pack(model) and not (whole and sizes.layers > _MOST_FITTED * own.layers)
-
-
-def _shrink(model: Any, sizes: Sizes, layers: list[int], ids: list[Tensor], vectors: Matrix) -> Any:
-    """Return the model with the planned layers and sizes."""
-    if _is_fitted(model, sizes):
-        return fit_narrow(model, sizes, layers, ids, vectors)
-    if replace(sizes, layers=0) == replace(read_sizes(model.config.to_dict()), layers=0):
-        return keep_layers(model, layers)
-    return select_narrow(model, sizes, layers, ids=ids[:_SELECT_TEXTS])
+    better_cut = sizes.layers > _MOST_FITTED * own.layers or n_tokens < _FEWEST_TOKENS * sizes.intermediate_size
+    return can_pack(model) and not (whole and better_cut)
 
 
 def tokenize(transformer: Any, texts: Sequence[str]) -> list[Tensor]:

@@ -33,7 +33,7 @@ from embedistill.student.selection import choose_heads
 
 _CONSTANT = 10.0  # squared length of the constant part, in multiples of the payload's
 _RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the sentence, not for the word
-_RIDGE = 1e-4
+_RIDGE = 1e-4  # on 100,000 tokens; on fewer more
 _DAMPING = 0.3
 _TURNS = 6
 _CHUNK = 8_192  # tokens
@@ -133,6 +133,7 @@ class _Fit:
         self.teacher, self.sizes, self.ids, self.targets = teacher, sizes, ids, targets
         self.packed = PackedBody(teacher, torch.bfloat16)
         self.chunks = list(_cut(ids))
+        self.ridge = _RIDGE * max(1.0, 1e5 / sum(len(text) for text in ids))
         self.hidden = self._each(lambda chunk, texts: self.packed.embed(texts))
         self.layer = 0
         self.payload_size = sizes.hidden_size - 2
@@ -266,7 +267,7 @@ class _Fit:
         for chunk in self.chunks:
             payload = self.stream.payload[chunk.rows] - mean
             sums.add(yy=(payload, payload), yt=(payload, states[chunk.rows].float() - target_mean))
-        weight = _solve(sums["yy"], sums["yt"], _RIDGE).float()
+        weight = _solve(sums["yy"], sums["yt"], self.ridge).float()
         return _Map(weight, target_mean - mean @ weight)
 
     def _add(self, features: Callable[[slice], Tensor], states: Tensor) -> tuple[_Map, float]:
@@ -279,7 +280,7 @@ class _Fit:
             target = states[chunk.rows].float() - target_mean
             sums.add(ff=(read, read), ft=(read, target), fy=(read, payload))
             sums.add(yy=(payload, payload), yt=(payload, target))
-        added = _solve_in_turns(sums).float()
+        added = _solve_in_turns(sums, self.ridge).float()
         join = _Map(added[:-1], added[-1])
         for chunk in self.chunks:
             self.stream.payload[chunk.rows] += join(features(chunk.rows))
@@ -306,10 +307,10 @@ class _Sums(dict[str, Tensor]):
             self[name] = self[name] + product if name in self else product
 
 
-def _solve_in_turns(sums: dict[str, Tensor]) -> Tensor:
+def _solve_in_turns(sums: dict[str, Tensor], ridge: float) -> Tensor:
     """Return F that minimises |T - (y + f F) R|^2 over F and R; damped, so that no weak direction of R blows F up."""
-    gram, decoder = sums["yy"], _solve(sums["yy"], sums["yt"], _RIDGE)
-    factor = torch.linalg.cholesky(sums["ff"] + _ridge_of(sums["ff"], _RIDGE))
+    gram, decoder = sums["yy"], _solve(sums["yy"], sums["yt"], ridge)
+    factor = torch.linalg.cholesky(sums["ff"] + _ridge_of(sums["ff"], ridge))
     added = torch.zeros_like(sums["fy"])
     for _ in range(_TURNS):
         metric = decoder @ decoder.T
@@ -317,7 +318,7 @@ def _solve_in_turns(sums: dict[str, Tensor]) -> Tensor:
         added = torch.cholesky_solve(wanted, factor) @ torch.linalg.inv(metric + _ridge_of(metric, _DAMPING))
         cross = added.T @ sums["fy"]
         gram = sums["yy"] + cross + cross.T + added.T @ sums["ff"] @ added
-        decoder = _solve(gram, sums["yt"] + added.T @ sums["ft"], _RIDGE)
+        decoder = _solve(gram, sums["yt"] + added.T @ sums["ft"], ridge)
     return added
 
 
