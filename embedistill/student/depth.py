@@ -16,7 +16,7 @@ from embedistill.progress import note, progress_bar
 from embedistill.student.head import Matrix
 
 _TEXTS = 64
-_LENGTH = 128  # tokens
+_LENGTH = 64  # tokens
 _FEWEST_TEXTS = 4
 _RIDGE = 1e-3
 _TEXTS_PADDED = 32  # where every candidate is run as a whole
