@@ -110,7 +110,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: Its architecture is not supported, or it is not a transformer with a pooling behind it.
     """
-    modules = [module["type"] for module in read_json(folder / "modules.json")] if _has_modules(folder) else []
+    listed = folder / "modules.json"
+    modules = [module["type"] for module in read_json(listed)] if listed.is_file() else []
     if modules and not (len(modules) > 1 and modules[1].endswith("Pooling")):
         found = f"modules {', '.join(modules)}"
         raise UsageError(f"teacher {folder}", found, "a transformer, a Pooling, and what may follow", "choose another")
@@ -121,10 +122,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         do = "choose a teacher of one of these, or start from another model of your choice: student.from"
         raise UsageError(f"teacher {folder}", f"architecture {architecture!r}", ", ".join(ARCHITECTURES), do)
     return config
-
-
-def _has_modules(folder: Path) -> bool:
-    return (folder / "modules.json").is_file()
 
 
 def read_sizes(config: Mapping[str, Any]) -> Sizes:
@@ -186,6 +183,12 @@ def find_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+def set_layers(model: Any, layers: nn.ModuleList) -> None:
+    """Put other layers into a model; its configuration stays as it is."""
+    parent, _, name = architecture_of(model).stack.rpartition(".")
+    setattr(model.get_submodule(parent), name, layers)
+
+
 def keep_layers(model: Any, layers: list[int]) -> Any:
     """Return the model with some of its layers only, their configuration with them; biases they share stay."""
     names = architecture_of(model)
@@ -193,8 +196,7 @@ def keep_layers(model: Any, layers: list[int]) -> Any:
     if names.norm_first and layers[0] != 0:
         do = "keep layer 0"
         raise UsageError("student.layers", f"{layers}", "layer 0 among them: it alone reads without a norm", do)
-    parent, _, name = names.stack.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.ModuleList(stack[layer] for layer in layers))
+    set_layers(model, nn.ModuleList(stack[layer] for layer in layers))
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[layer] for layer in layers]
     setattr(model.config, names.depth, len(layers))

@@ -24,10 +24,6 @@ from embedistill.errors import EmbedistillError, UsageError, explain_os_error
 from embedistill.recipe import Recipe, find_recipe, list_recipes, list_settings, load_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from embedistill.forecast import Forecast
-    from embedistill.outlook import Outlook
     from embedistill.report.document import Report
     from embedistill.search import Hit
 
@@ -142,35 +138,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asdict(found)))
     else:
-        Console().print(_tabulate_outlook(loaded, found))
-
-
-def _tabulate_outlook(recipe: Recipe, outlook: Outlook) -> Table:
-    """Return a plan as a table: a column a model, a row a figure."""
-    table = Table(title=escape(recipe.name), title_justify="left", caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for one in outlook.forecasts:
-        table.add_column(escape(one.name), justify="right")
-    teacher = outlook.forecasts[0].speed.texts_per_second
-    rows: dict[str, Callable[[Forecast], str]] = {
-        "layers x width": lambda one: f"{one.sizes.layers} x {one.sizes.hidden_size}",
-        "heads, neurons": lambda one: f"{one.sizes.num_attention_heads}, {one.sizes.intermediate_size}",
-        "pieces": lambda one: f"{one.sizes.vocabulary_size:,}",
-        "parameters": lambda one: f"{one.parameters / 1e6:.1f} M",
-        "of them embeddings": lambda one: f"{one.embedding_parameters / 1e6:.1f} M",
-        "MB fp32 / fp16 / int8": lambda one: " / ".join(f"{one.megabytes(bits):.0f}" for bits in (32, 16, 8)),
-        "GFLOP, text of 32 tokens": lambda one: f"{one.flops / 1e9:.2f}",
-        "texts/s, such texts": lambda one: f"{one.speed.texts_per_second:.0f}",
-        "times the teacher's": lambda one: f"{one.speed.texts_per_second / teacher:.1f}",
-        "ms for one alone": lambda one: f"{one.speed.latency_ms:.1f}",
-        "hours of training": lambda one: "" if one.training_hours is None else f"{one.training_hours:.2f}",
-    }
-    for label, show in rows.items():
-        table.add_row(label, *(show(one) for one in outlook.forecasts))
-    table.caption = (
-        f"{outlook.texts:,} texts; the teacher encodes them in {outlook.encode_hours:.2f} h where the cache has none"
-    )
-    return table
+        Console().print(outlook.to_table(found, loaded.name))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from embedistill.architectures import Sizes, count_parameters, read_sizes, resiz
 from embedistill.encoding.packed import count_flops
 from embedistill.errors import UsageError
 from embedistill.student.planning import list_rungs
-from embedistill.teacher import encode
+from embedistill.teacher import encode, prompts_of
 
 TOKENS = 32
 _BATCH = 32
@@ -67,7 +67,7 @@ class Forecast:
         return self.parameters * bits / 8e6
 
 
-def write_text(tokenizer: Any, tokens: int = TOKENS) -> str:
+def make_text(tokenizer: Any, tokens: int = TOKENS) -> str:
     """Return a text of so many tokens, those around it included, or of as near as repeated words come to it."""
     texts = [" ".join(["the"] * n) for n in range(1, _MOST_WORDS)]
     return min(texts, key=lambda text: abs(len(tokenizer(text)["input_ids"]) - tokens))
@@ -75,7 +75,7 @@ def write_text(tokenizer: Any, tokens: int = TOKENS) -> str:
 
 def measure(models: dict[str, SentenceTransformer]) -> dict[str, Speed]:
     """Return how fast models encode texts of 32 tokens, counted by the first one's tokenizer; they take turns."""
-    batch = [write_text(next(iter(models.values())).tokenizer)] * _BATCH
+    batch = [make_text(next(iter(models.values())).tokenizer)] * _BATCH
     for model in models.values():
         encode(model, batch)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
@@ -100,8 +100,8 @@ def make_stand_in(teacher: SentenceTransformer, sizes: Sizes, embedding_size: in
     transformer.model = AutoModel.from_config(config).eval()
     pooling: Any = Pooling(sizes.hidden_size)
     head = Dense(sizes.hidden_size, embedding_size, bias=False, activation_function=nn.Identity())
-    prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
-    return SentenceTransformer(modules=[transformer, pooling, head, Normalize()], device=str(teacher.device), **prompts)
+    modules = [transformer, pooling, head, Normalize()]
+    return SentenceTransformer(modules=modules, device=str(teacher.device), **prompts_of(teacher))
 
 
 def forecast(
@@ -141,6 +141,27 @@ def forecast(
             hours = min(hours, most_hours)
         found.append(replace(one, training_hours=hours))
     return found
+
+
+def compare_forecast(planned: Sequence[Forecast], models: dict[str, SentenceTransformer]) -> list[dict[str, Any]]:
+    """Return what was forecast of a teacher and its student beside what is measured: rows of what, planned, measured.
+
+    Speeds are compared as ratios to the teacher's of the same moment, as a shared machine's changes.
+    """
+    (before, after), (base, speed) = planned, measure({role: models[role] for role in ("teacher", "student")}).values()
+    parameters = sum(parameter.numel() for parameter in models["student"].parameters())
+    figures = {
+        "million parameters": (after.parameters / 1e6, parameters / 1e6),
+        "times the teacher's texts/s": (
+            after.speed.texts_per_second / before.speed.texts_per_second,
+            speed.texts_per_second / base.texts_per_second,
+        ),
+        "of the teacher's latency": (
+            after.speed.latency_ms / before.speed.latency_ms,
+            speed.latency_ms / base.latency_ms,
+        ),
+    }
+    return [{"what": what, "planned": then, "measured": now} for what, (then, now) in figures.items()]
 
 
 def _describe(name: str, sizes: Sizes, config: Any, model: Any, speed: Speed) -> Forecast:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
+from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
-from embedistill.architectures import Sizes, read_config, with_sizes
+from embedistill.architectures import read_config, with_sizes
 from embedistill.corpus.reading import Columns, describe_source, read_corpus
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
@@ -96,11 +99,6 @@ def plan_section(config: dict[str, Any], section: ShapeSection, where: str) -> T
     return plan_transformer(config, **sizes, where=where)
 
 
-def describe_sizes(sizes: Sizes) -> str:
-    """Return sizes in one line."""
-    return f"{sizes.layers} x {sizes.hidden_size}, {sizes.vocabulary_size:,} pieces"
-
-
 def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
     """Return how many texts a recipe encodes, and some of them, chosen at random."""
     section = recipe.corpus
@@ -120,3 +118,31 @@ def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
         raise UsageError(section.source, "no text", "a corpus")
     share = min(1.0, (section.select.size or count) / count) * (1 - section.holdout)
     return round(share * (count + queries)), sample
+
+
+def to_table(outlook: Outlook, title: str) -> Table:
+    """Return a plan as a table: a column a model, a row a figure."""
+    table = Table(title=escape(title), title_justify="left", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for one in outlook.forecasts:
+        table.add_column(escape(one.name), justify="right")
+    teacher = outlook.forecasts[0].speed.texts_per_second
+    rows: dict[str, Callable[[Forecast], str]] = {
+        "layers x width": lambda one: f"{one.sizes.layers} x {one.sizes.hidden_size}",
+        "heads, neurons": lambda one: f"{one.sizes.num_attention_heads}, {one.sizes.intermediate_size}",
+        "pieces": lambda one: f"{one.sizes.vocabulary_size:,}",
+        "parameters": lambda one: f"{one.parameters / 1e6:.1f} M",
+        "of them embeddings": lambda one: f"{one.embedding_parameters / 1e6:.1f} M",
+        "MB fp32 / fp16 / int8": lambda one: " / ".join(f"{one.megabytes(bits):.0f}" for bits in (32, 16, 8)),
+        "GFLOP, text of 32 tokens": lambda one: f"{one.flops / 1e9:.2f}",
+        "texts/s, such texts": lambda one: f"{one.speed.texts_per_second:.0f}",
+        "times the teacher's": lambda one: f"{one.speed.texts_per_second / teacher:.1f}",
+        "ms for one alone": lambda one: f"{one.speed.latency_ms:.1f}",
+        "hours of training": lambda one: "" if one.training_hours is None else f"{one.training_hours:.2f}",
+    }
+    for label, show in rows.items():
+        table.add_row(label, *(show(one) for one in outlook.forecasts))
+    table.caption = (
+        f"{outlook.texts:,} texts; the teacher encodes them in {outlook.encode_hours:.2f} h where the cache has none"
+    )
+    return table

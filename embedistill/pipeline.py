@@ -37,8 +37,8 @@ from embedistill.evaluation.tasks import (
     save_sts,
 )
 from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
-from embedistill.forecast import Forecast, Speed, forecast, measure
-from embedistill.outlook import describe_sizes, plan_section, plan_student
+from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
+from embedistill.outlook import plan_section, plan_student
 from embedistill.precomputation import encode_missing
 from embedistill.progress import note
 from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, dump_recipe
@@ -153,14 +153,12 @@ class _Line:
             return None, None
         if section.budgets:
             name = f"sizes {self.located.weights_sha256[:12]}"
-            chosen = self.stages.choose(name, lambda: self._choose_sizes(config))
-            note(f"Student: {describe_sizes(Sizes(**chosen))}")
-            planned = TransformerPlan(Sizes(**chosen))
-        if not section.via:
-            return None, planned if section.budgets else plan_section(config, section, "student")
-        assistant = plan_section(config, section.via, "student.via")
-        config = with_sizes(config, assistant.sizes)
-        return assistant, planned if section.budgets else plan_section(config, section, "student")
+            sizes = Sizes(**self.stages.choose(name, lambda: self._choose_sizes(config)))
+            note(f"Student: {sizes.layers} x {sizes.hidden_size}, {sizes.vocabulary_size:,} pieces")
+            return None, TransformerPlan(sizes)
+        assistant = plan_section(config, section.via, "student.via") if section.via else None
+        config = with_sizes(config, assistant.sizes) if assistant else config
+        return assistant, plan_section(config, section, "student")
 
     def _choose_sizes(self, config: dict[str, Any]) -> dict[str, int]:
         return asdict(plan_student(self.recipe.student, config, load(self.located)).sizes)
@@ -312,30 +310,10 @@ class _Line:
         return [asdict(one) for one in forecast(teacher, {"student": self.plan.sizes}, size)]
 
     def _compare_forecast(self, models: dict[str, SentenceTransformer]) -> list[dict[str, Any]]:
-        """Return what was planned beside what is measured: rows of what, planned, measured."""
-        planned = [
-            Forecast(**one | {"speed": Speed(**one["speed"]), "sizes": Sizes(**one["sizes"])})
-            for one in self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
-        ]
-        if not planned:
-            return []
-        speeds = measure({role: models[role] for role in ("teacher", "student")})
-        parameters = sum(parameter.numel() for parameter in models["student"].parameters())
-        (teacher, student), (t, s) = planned, speeds.values()
-        rows = [
-            ("million parameters", student.parameters / 1e6, parameters / 1e6),
-            (
-                "times the teacher's texts/s",
-                student.speed.texts_per_second / teacher.speed.texts_per_second,
-                s.texts_per_second / t.texts_per_second,
-            ),
-            (
-                "of the teacher's latency",
-                student.speed.latency_ms / teacher.speed.latency_ms,
-                s.latency_ms / t.latency_ms,
-            ),
-        ]
-        return [{"what": what, "planned": before, "measured": after} for what, before, after in rows]
+        """Return what was planned beside what is measured; nothing where nothing was."""
+        rows = self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
+        planned = [Forecast(**row | {"speed": Speed(**row["speed"]), "sizes": Sizes(**row["sizes"])}) for row in rows]
+        return compare_forecast(planned, models) if planned else []
 
     def _sample(self, model: SentenceTransformer) -> tuple[list[str], Embeddings]:
         """Return some training texts as the model sees them, in random order, and the teacher's vectors of them."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 import numpy as np
@@ -130,6 +130,11 @@ def find_prompt(model: SentenceTransformer, kind: Kind) -> str:
     """Return what stands before a text of a kind, chosen as sentence-transformers does."""
     names = [name for name in _PROMPT_NAMES[kind] if name in model.prompts]
     return str(model.prompts.get(names[0] if names else model.default_prompt_name or "", ""))
+
+
+def prompts_of(model: SentenceTransformer) -> dict[str, Any]:
+    """Return a model's prompts, as arguments for another that shall have the same."""
+    return {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}
 
 
 def encode(model: SentenceTransformer, texts: Sequence[str], kind: Kind = "plain", *, unit: bool = True) -> Embeddings:

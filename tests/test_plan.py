@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from embedistill import forecast as forecasts
 from embedistill.architectures import Sizes, read_config, read_sizes
 from embedistill.errors import UsageError
-from embedistill.forecast import Forecast, Speed, choose_by_speed, forecast, write_text
+from embedistill.forecast import Forecast, Speed, choose_by_speed, forecast, make_text
 from embedistill.outlook import plan
 from embedistill.recipe import load_recipe
 from embedistill.student.building import build_student
@@ -51,7 +51,7 @@ def test_flops_and_megabytes_by_hand(mpnet_dir: Path) -> None:
 
 def test_the_text_that_is_timed_has_32_tokens(mpnet_dir: Path) -> None:
     tokenizer = SentenceTransformer(str(mpnet_dir), device="cpu").tokenizer
-    assert len(tokenizer(write_text(tokenizer))["input_ids"]) == 32
+    assert len(tokenizer(make_text(tokenizer))["input_ids"]) == 32
 
 
 @pytest.mark.parametrize("budget", [109e6, 60e6, 14.5e6, 8e6])

@@ -85,7 +85,7 @@ def setting(mpnet_dir: Path, sentences: list[str]) -> SimpleNamespace:
     teacher = SentenceTransformer(str(mpnet_dir), device="cpu")
     sentences = sentences[:240]
     vectors = teacher.encode(sentences)
-    plan = plan_transformer(read_config(mpnet_dir), [0, 2, 3])  # cut, not fitted
+    plan = plan_transformer(read_config(mpnet_dir), [0, 3])
     return SimpleNamespace(
         make_student=lambda: build_student(teacher, plan, sentences[:100], vectors[:100])[0],
         texts=sentences,

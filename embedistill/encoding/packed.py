@@ -43,7 +43,7 @@ class PackedBody:
         self._typed = hasattr(model.embeddings, "token_type_embeddings")
         self._pad = find_padding(model)
         self.layers = [_read_layer(layer, names, dtype) for layer in find_layers(model)]
-        self.bias = position_bias(model)
+        self.bias = _position_bias(model)
 
     @torch.inference_mode()
     def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
@@ -94,13 +94,20 @@ def positions_of(ids: Tensor, padding: int | None) -> Tensor:
     return real.cumsum(0) * real + padding
 
 
-def position_bias(model: Any) -> Tensor | None:
+def _position_bias(model: Any) -> Tensor | None:
     """Return MPNet's relative position biases, shape (1, heads, length, length), for the longest text."""
     if ARCHITECTURES[model.config.model_type].shared_bias is None:
         return None
     with torch.inference_mode():
         found: Tensor = model.encoder.compute_position_bias(torch.zeros(1, model.config.max_position_embeddings, 1))
     return found[:1]
+
+
+def pool(pooling: Any, states: Tensor) -> Tensor:
+    """Return what a pooling makes of hidden states without padding, (n_texts, n_tokens, hidden)."""
+    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    pooled: Tensor = pooling({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"]
+    return pooled
 
 
 def attend(projected: Tensor, groups: Sequence[Group], heads: int, bias: Tensor | None) -> Tensor:

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from embedistill.architectures import Sizes, find_words, keep_layers, read_sizes
 from embedistill.encoding.packed import can_pack
 from embedistill.progress import note
-from embedistill.student.depth import search_layers
+from embedistill.student.depth import SEARCH_TEXTS, search_layers
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.student.planning import TransformerPlan
 from embedistill.student.selection import select_narrow
 from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tokenizer
 from embedistill.student.width import fit_narrow
-from embedistill.teacher import encode_with_progress
+from embedistill.teacher import encode_with_progress, prompts_of
 
-SEARCH_TEXTS = 64
 _FIT_TOKENS = 120_000
 _FIT_LENGTH = 256
 _SELECT_TEXTS = 500
@@ -94,8 +93,7 @@ def add_head(
     pooled = encode_with_progress(body, "student", texts, unit=False)
     weight = torch.from_numpy(solve_ridge(pooled, targets).T.copy())
     head = Dense(pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight)
-    prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
-    return SentenceTransformer(modules=[*modules, head, Normalize()], device=str(teacher.device), **prompts)
+    return SentenceTransformer(modules=[*modules, head, Normalize()], device=str(teacher.device), **prompts_of(teacher))
 
 
 def list_body(model: SentenceTransformer) -> list[nn.Module]:

@@ -10,15 +10,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from embedistill.architectures import architecture_of, find_layers, keep_layers
-from embedistill.encoding.packed import PackedBody, can_pack, group
+from embedistill.architectures import architecture_of, find_layers, keep_layers, set_layers
+from embedistill.encoding.packed import PackedBody, can_pack, group, pool
 from embedistill.progress import note, progress_bar
-from embedistill.student.head import Matrix
+from embedistill.student.head import Matrix, solve_ridge
 
-_TEXTS = 64
+SEARCH_TEXTS = 64
 _LENGTH = 64  # tokens
 _FEWEST_TEXTS = 4
-_RIDGE = 1e-3
 _TEXTS_PADDED = 32  # where every candidate is run as a whole
 
 
@@ -42,7 +41,7 @@ def search_layers(
     kept = list(range(len(find_layers(teacher[0].model))))
     must = {0} if architecture_of(teacher[0].model).norm_first else set()
     packed = can_pack(teacher[0].model)
-    n_texts = min(len(texts), _TEXTS if packed else _TEXTS_PADDED)
+    n_texts = min(len(texts), SEARCH_TEXTS if packed else _TEXTS_PADDED)
     if n_texts < _FEWEST_TEXTS:
         note(f"{n_texts} texts are too few to search layers on: they are taken at even distances")
         return [number * (len(kept) - 1) // max(1, count - 1) for number in range(count)]
@@ -82,7 +81,7 @@ class _Packed:
                 if done == tuple(range(len(done))):  # what most candidates begin with
                     self._states[done] = hidden
         runs = [hidden[first : first + n * length].view(n, length, -1) for first, n, length in self._groups]
-        pooled = torch.cat([_pool(self._pooling, states) for states in runs])
+        pooled = torch.cat([pool(self._pooling, states) for states in runs])
         return torch.empty_like(pooled).index_copy_(0, torch.tensor(self._order), pooled)
 
 
@@ -101,10 +100,8 @@ class _Bridges:
     def cross(self, hidden: Tensor, level: int, wanted: int) -> Tensor:
         """Return what a layer would read, as far as what another one reads tells it."""
         if (level, wanted) not in self._maps:
-            read = self._states[level]
-            gram = (read.T @ read).double()
-            gram += _RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-            self._maps[level, wanted] = torch.linalg.solve(gram, (read.T @ self._states[wanted]).double()).float()
+            read, given = (self._states[number].numpy() for number in (level, wanted))
+            self._maps[level, wanted] = torch.from_numpy(solve_ridge(read, given))
         return (hidden - self._means[level]) @ self._maps[level, wanted] + self._means[wanted]
 
 
@@ -136,20 +133,9 @@ class _Whole:
             found: Tensor = body.encode(self._texts, convert_to_tensor=True, show_progress_bar=False).cpu()
             return found
         finally:
-            _put_back(transformer.model, whole, before)
-
-
-def _put_back(model: Any, layers: nn.ModuleList, settings: dict[str, Any]) -> None:
-    parent, _, name = architecture_of(model).stack.rpartition(".")
-    setattr(model.get_submodule(parent), name, layers)
-    for key, value in settings.items():
-        setattr(model.config, key, value)
-
-
-def _pool(pooling: Any, states: Tensor) -> Tensor:
-    mask = torch.ones(states.shape[:2], dtype=torch.long)
-    pooled: Tensor = pooling({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"]
-    return pooled
+            set_layers(transformer.model, whole)
+            for name, value in before.items():
+                setattr(config, name, value)
 
 
 def _similarities(vectors: Tensor) -> Tensor:

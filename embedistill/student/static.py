@@ -19,10 +19,11 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from embedistill.encoding.packed import PackedBody, can_pack
+from embedistill.encoding.packed import PackedBody, can_pack, pool
 from embedistill.progress import progress_bar
 from embedistill.student.head import Matrix, solve_ridge
 from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tokenizer
+from embedistill.teacher import prompts_of
 
 _RARITY = 1e-3  # a of SIF: pieces more frequent than this weigh less
 _RIDGE = 1e-2
@@ -63,8 +64,7 @@ def build_static(
     table = features @ solve_ridge((uses @ features).astype(np.float32), targets, _RIDGE)
     table += _share_out(uses, targets - uses @ table)
     module = StaticEmbedding(backend, embedding_weights=table.astype(np.float32))
-    prompts = {"prompts": teacher.prompts, "default_prompt_name": teacher.default_prompt_name}
-    return SentenceTransformer(modules=[module, Normalize()], device=str(teacher.device), **prompts)
+    return SentenceTransformer(modules=[module, Normalize()], device=str(teacher.device), **prompts_of(teacher))
 
 
 @torch.inference_mode()
@@ -72,8 +72,9 @@ def _describe_pieces(teacher: SentenceTransformer, pieces: list[int]) -> Matrix:
     """Return what each piece is before the first layer and what the teacher makes of it alone, in equal scale."""
     transformer: Any = teacher[0]
     tokenizer: Any = teacher.tokenizer
-    first, *_, last = tokenizer("")["input_ids"] * 2
-    ids = torch.tensor([[first, piece, last] for piece in pieces], device=teacher.device)
+    around = tokenizer("")["input_ids"]  # the special tokens before and behind
+    place = min(1, len(around))
+    ids = torch.tensor([[*around[:place], piece, *around[place:]] for piece in pieces], device=teacher.device)
     packed = PackedBody(transformer.model, torch.bfloat16) if can_pack(transformer.model) else None
     alone: list[Tensor] = []
     encoded: list[Tensor] = []
@@ -83,16 +84,10 @@ def _describe_pieces(teacher: SentenceTransformer, pieces: list[int]) -> Matrix:
                 states = packed.forward(list(some))[0]
             else:
                 states = transformer.model(input_ids=some, attention_mask=torch.ones_like(some)).last_hidden_state
-            alone.append(transformer.model.embeddings(input_ids=some[:, 1:2])[:, 0].float().cpu())
-            encoded.append(_pool(teacher[1], states.float()).cpu())
+            alone.append(transformer.model.embeddings(input_ids=some[:, place : place + 1])[:, 0].float().cpu())
+            encoded.append(pool(teacher[1], states.float()).cpu())
             advance(len(some))
     return torch.cat([part / part.std() for part in (torch.cat(alone), torch.cat(encoded))], 1).numpy()
-
-
-def _pool(pooling: Any, states: Tensor) -> Tensor:
-    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
-    pooled: Tensor = pooling({"token_embeddings": states, "attention_mask": mask})["sentence_embedding"]
-    return pooled
 
 
 def _count_uses(tokenizer: Tokenizer, texts: Sequence[str], n_pieces: int) -> Any:

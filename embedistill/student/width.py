@@ -4,7 +4,8 @@ A model that normalises after each block cannot simply be rotated: LayerNorm wei
 narrow model's stream is laid out so that its LayerNorms do next to nothing. Its hidden state is x = Q y + c v: the
 payload y in an orthonormal basis Q of all directions but the mean and one more, v, that carries a constant c larger
 than the payload. The variance that LayerNorm divides by is then nearly the same for all tokens, and y goes through.
-v is spread over all dimensions, so that no single one stands out, which keeps int8 usable.
+v lies in two dimensions: spread over all, it adds up the steps that training takes in every weight, each of like size,
+to a step that undoes the fit.
 
 In such a stream a block only adds to y, and what it should add is a linear problem. With f what a block computes (the
 attended values, the activations of the kept neurons), and T the teacher's hidden states it should lead to, the output
@@ -15,7 +16,7 @@ states decoded from y. Each block sees the errors of those before it, and makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +28,18 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from embedistill.architectures import Sizes, architecture_of, find_layers, find_words, resize
-from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, position_bias, positions_of
+from embedistill.encoding.local import cut_batches
+from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, positions_of
 from embedistill.progress import progress_bar
 from embedistill.student.selection import choose_heads
 
-_CONSTANT = 10.0  # squared length of the constant part, in multiples of the payload's
+_CONSTANT = 2.0  # squared length of the constant part, in multiples of the payload's
 _RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the sentence, not for the word
 _RIDGE = 1e-4  # on 100,000 tokens; on fewer more
 _DAMPING = 0.3
 _TURNS = 6
 _CHUNK = 8_192  # tokens
+_OFTEN = 20  # times a position has to be seen for its shift to be measured, not derived
 _MANY = 2_048  # neurons, from which on every other chunk is enough to fit what is added
 
 
@@ -44,6 +47,7 @@ _MANY = 2_048  # neurons, from which on every other chunk is enough to fit what 
 class _Chunk:
     """Texts whose tokens are some rows of all."""
 
+    texts: list[Tensor]
     rows: slice
     groups: list[Group]
 
@@ -109,7 +113,7 @@ def fit_narrow(
         ids: The token ids of some thousand texts.
         targets: The teacher's vectors of these texts, shape (n_texts, dim).
     """
-    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+    order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))  # as chunks are cut
     fit = _Fit(teacher, sizes, layers, [ids[number] for number in order], torch.from_numpy(targets[order]))
     tables = fit.embed()
     following = [*layers[1:], len(find_layers(teacher))]
@@ -132,9 +136,9 @@ class _Fit:
     def __init__(self, teacher: Any, sizes: Sizes, layers: list[int], ids: list[Tensor], targets: Tensor) -> None:
         self.teacher, self.sizes, self.ids, self.targets = teacher, sizes, ids, targets
         self.packed = PackedBody(teacher, torch.bfloat16)
-        self.chunks = list(_cut(ids))
+        self.chunks = _cut(ids)
         self.ridge = _RIDGE * max(1.0, 1e5 / sum(len(text) for text in ids))
-        self.hidden = self._each(lambda chunk, texts: self.packed.embed(texts))
+        self.hidden = self._each(lambda chunk: self.packed.embed(chunk.texts))
         self.layer = 0
         self.payload_size = sizes.hidden_size - 2
         self.head_size = sizes.hidden_size // sizes.num_attention_heads
@@ -149,20 +153,19 @@ class _Fit:
         states = self.hidden.float()
         mean = states.mean(0)
         basis = self._find_basis(states - mean)
-        embeddings = self.teacher.embeddings
+        embeddings, table = self.teacher.embeddings, find_words(self.teacher).weight
         positions = embeddings.position_embeddings.weight
         padding = find_padding(self.teacher)
         where, which = torch.cat([positions_of(text, padding) for text in self.ids]), torch.cat(self.ids)
-        usual = positions[where[: 1 << 16]].mean(0)
-        if hasattr(embeddings, "token_type_embeddings"):
-            usual = usual + embeddings.token_type_embeddings.weight[0]
-        words = (embeddings.LayerNorm(find_words(self.teacher).weight + usual) - mean) @ basis
+        counts = torch.bincount(where, minlength=len(positions))[:, None]
+        usual = (counts * positions).sum(0) / counts.sum()
+        types = embeddings.token_type_embeddings.weight[0] if hasattr(embeddings, "token_type_embeddings") else 0.0
+        words = (embeddings.LayerNorm(table + usual + types) - mean) @ basis
         left = (states - mean) @ basis - words[which]
-        counts = torch.zeros(len(positions)).index_add_(0, where, torch.ones(len(where)))[:, None]
-        seen = torch.zeros(len(positions), self.payload_size).index_add_(0, where, left) / (counts + 1)
-        spread = find_words(self.teacher).weight[which[:4096]].std(1).mean()
-        unseen = (positions - positions[where[: 1 << 16]].mean(0)) * embeddings.LayerNorm.weight / spread @ basis
-        shifts = torch.where(counts > 20, seen, unseen)
+        seen = torch.zeros(len(positions), self.payload_size).index_add_(0, where, left) / counts.clamp(min=1)
+        spread = table[which].std(1).mean()  # what LayerNorm divides by, near enough
+        unseen = (positions - usual) * embeddings.LayerNorm.weight / spread @ basis
+        shifts = torch.where(counts > _OFTEN, seen, unseen)
         payload = words[which] + shifts[where]
         scale = math.sqrt(self.payload_size / payload.square().sum(1).mean().item())
         self.stream = _Stream(payload * scale, self.sizes.hidden_size)
@@ -184,12 +187,10 @@ class _Fit:
         """Fit a block to a teacher's layer, so that its output leads to what a later layer reads."""
         self._advance(layer)
         query_key_value = self._narrow_attention(layer)
-        bias = position_bias(self.teacher)
-        if bias is not None:
-            bias = bias[:, self.kept_heads[layer]]
+        bias = None if self.packed.bias is None else self.packed.bias[:, self.kept_heads[layer]]
         heads = self.sizes.num_attention_heads
         attended = self._each(
-            lambda chunk, _: attend(query_key_value(self.stream.payload[chunk.rows]), chunk.groups, heads, bias)
+            lambda chunk: attend(query_key_value(self.stream.payload[chunk.rows]), chunk.groups, heads, bias)
         )
         middle = self._mix(layer)
         join, attention_gain = self._add(lambda rows: attended[rows].float(), middle)
@@ -206,11 +207,11 @@ class _Fit:
 
     def _mix(self, layer: int) -> Tensor:
         """Return the teacher's hidden states after a layer's attention."""
-        return self._each(lambda chunk, _: self.packed.mix(layer, self.hidden[chunk.rows].float(), chunk.groups))
+        return self._each(lambda chunk: self.packed.mix(layer, self.hidden[chunk.rows].float(), chunk.groups))
 
     def _feed(self, layer: int, middle: Tensor) -> None:
         """Take the teacher's hidden states through a layer's feed-forward part."""
-        self.hidden = self._each(lambda chunk, _: self.packed.feed(layer, middle[chunk.rows].float()))
+        self.hidden = self._each(lambda chunk: self.packed.feed(layer, middle[chunk.rows].float()))
         self.layer = layer + 1
 
     def _narrow_attention(self, number: int) -> _Map:
@@ -286,15 +287,9 @@ class _Fit:
             self.stream.payload[chunk.rows] += join(features(chunk.rows))
         return join, self.stream.normalise()
 
-    def _each(self, run: Callable[..., Tensor]) -> Tensor:
+    def _each(self, run: Callable[[_Chunk], Tensor]) -> Tensor:
         """Return what a function gives for each chunk, in bf16: rows of all tokens."""
-        found: list[Tensor] = []
-        start = 0
-        for chunk in self.chunks:
-            n_texts = sum(n for _, n, _ in chunk.groups)
-            found.append(run(chunk, self.ids[start : start + n_texts]).bfloat16())
-            start += n_texts
-        return torch.cat(found)
+        return torch.cat([run(chunk).bfloat16() for chunk in self.chunks])
 
 
 class _Sums(dict[str, Tensor]):
@@ -309,7 +304,7 @@ class _Sums(dict[str, Tensor]):
 
 def _solve_in_turns(sums: dict[str, Tensor], ridge: float) -> Tensor:
     """Return F that minimises |T - (y + f F) R|^2 over F and R; damped, so that no weak direction of R blows F up."""
-    gram, decoder = sums["yy"], _solve(sums["yy"], sums["yt"], ridge)
+    decoder = _solve(sums["yy"], sums["yt"], ridge)
     factor = torch.linalg.cholesky(sums["ff"] + _ridge_of(sums["ff"], ridge))
     added = torch.zeros_like(sums["fy"])
     for _ in range(_TURNS):
@@ -372,24 +367,22 @@ def _write(linear: Any, weight: Tensor, bias: Tensor) -> None:
 
 def _lay_out(width: int) -> tuple[Tensor, Tensor]:
     """Return an orthonormal basis (width, width - 2) of the payload, and the direction (width) of the constant."""
-    ones = torch.ones(width, dtype=torch.double)
-    constant = ones.clone()
-    constant[1::2] = -1
+    ones, constant = torch.ones(width, dtype=torch.double), torch.zeros(width, dtype=torch.double)
+    constant[0], constant[1] = 1, -1
     rest = torch.randn(width, width - 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     basis = torch.linalg.qr(torch.cat([ones[:, None], constant[:, None], rest], 1))[0]
     return basis[:, 2:].float(), basis[:, 1].float()
 
 
-def _cut(ids: Sequence[Tensor]) -> Iterator[_Chunk]:
-    """Yield chunks of texts, sorted by length, of some thousand tokens."""
-    first = row = 0
-    while first < len(ids):
-        last, n_tokens = first, 0
-        while last < len(ids) and (last == first or n_tokens + len(ids[last]) <= _CHUNK):
-            n_tokens += len(ids[last])
-            last += 1
-        yield _Chunk(slice(row, row + n_tokens), group(ids[first:last]))
-        first, row = last, row + n_tokens
+def _cut(ids: Sequence[Tensor]) -> list[_Chunk]:
+    """Return texts in chunks of like length, of some thousand tokens each."""
+    chunks, row = [], 0
+    for numbers in cut_batches([len(text) for text in ids], _CHUNK, padded=False):
+        texts = [ids[number] for number in numbers]
+        rows = slice(row, row + sum(len(text) for text in texts))
+        chunks.append(_Chunk(texts, rows, group(texts)))
+        row = rows.stop
+    return chunks
 
 
 def _mean(states: Tensor) -> Tensor:
