@@ -211,7 +211,7 @@ class LocalEncoder:
             vectors = [self._pool(hidden, None, prepared.extra) for hidden in runs]
             return numbers, np.concatenate(vectors), 0
 
-        with _one_thread_a_batch() as pool:
+        with one_thread_a_batch() as pool:
             yield from pool.map(run, cut_batches([len(ids) for ids in prepared.ids], budget, padded=False))
 
     def _run_padded(self, prepared: Prepared) -> Iterator[Batch]:
@@ -304,7 +304,7 @@ def cut_batches(lengths: Sequence[int], budget: int, *, padded: bool) -> Iterato
 
 
 @contextmanager
-def _one_thread_a_batch() -> Iterator[ThreadPoolExecutor]:
+def one_thread_a_batch() -> Iterator[ThreadPoolExecutor]:
     """Yield a pool with a thread for each core, whose products do not spread over the others."""
     threads = torch.get_num_threads()
     try:

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import Tensor, nn
 
 from embedistill.architectures import Sizes, find_words, keep_layers, read_sizes
-from embedistill.encoding.packed import can_pack
-from embedistill.progress import note
+from embedistill.encoding.local import cut_batches, one_thread_a_batch
+from embedistill.encoding.packed import PackedBody, can_pack, pool
+from embedistill.progress import note, progress_bar
 from embedistill.student.depth import SEARCH_TEXTS, search_layers
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.student.planning import TransformerPlan
@@ -23,6 +25,7 @@ from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tok
 from embedistill.student.width import fit_narrow
 from embedistill.teacher import encode_with_progress, prompts_of
 
+_BATCH_TOKENS = 4096  # of a core
 _FIT_TOKENS = 120_000
 _FIT_LENGTH = 256
 _SELECT_TEXTS = 500
@@ -82,18 +85,47 @@ def build_student(
     texts, vectors = texts[cut : cut + n_texts], vectors[cut : cut + n_texts]
     pooling: Any = modules[1]
     modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": sizes.hidden_size})
-    return add_head(modules, teacher, texts, project(vectors, projection)), layers
+    pooled = _embed_roughly(modules, texts) if fitted else None
+    return add_head(modules, teacher, texts, project(vectors, projection), pooled), layers
 
 
 def add_head(
-    modules: list[nn.Module], teacher: SentenceTransformer, texts: Sequence[str], targets: Matrix
+    modules: list[nn.Module],
+    teacher: SentenceTransformer,
+    texts: Sequence[str],
+    targets: Matrix,
+    pooled: Matrix | None = None,
 ) -> SentenceTransformer:
-    """Return a student of some modules and a head, solved by ridge regression onto targets (n_texts, dim)."""
-    body = SentenceTransformer(modules=modules, device=str(teacher.device))
-    pooled = encode_with_progress(body, "student", texts, unit=False)
+    """Return a student of some modules and a head, solved by ridge regression onto targets (n_texts, dim).
+
+    What the modules make of the texts is computed where it is not given, shape (n_texts, width).
+    """
+    if pooled is None:
+        body = SentenceTransformer(modules=modules, device=str(teacher.device))
+        pooled = encode_with_progress(body, "student", texts, unit=False)
     weight = torch.from_numpy(solve_ridge(pooled, targets).T.copy())
     head = Dense(pooled.shape[1], targets.shape[1], bias=False, activation_function=nn.Identity(), init_weight=weight)
     return SentenceTransformer(modules=[*modules, head, Normalize()], device=str(teacher.device), **prompts_of(teacher))
+
+
+def _embed_roughly(modules: list[nn.Module], texts: Sequence[str]) -> Matrix:
+    """Return what a transformer and a pooling make of texts, (n_texts, width), in bf16 and without padding."""
+    transformer: Any = modules[0]
+    found = transformer.tokenizer(list(texts), truncation=True, max_length=transformer.max_seq_length)["input_ids"]
+    ids = [torch.tensor(one) for one in found]
+    body = PackedBody(transformer.model, torch.bfloat16)
+
+    def run(numbers: list[int]) -> tuple[list[int], Tensor]:
+        states = body.forward([ids[number] for number in numbers])
+        return numbers, torch.cat([pool(modules[1], some) for some in states])
+
+    pooled = np.empty((len(ids), transformer.model.config.hidden_size), np.float32)
+    batches = cut_batches([len(one) for one in ids], _BATCH_TOKENS, padded=False)
+    with one_thread_a_batch() as threads, progress_bar("student encodes", len(ids), "texts") as advance:
+        for numbers, vectors in threads.map(run, batches):
+            pooled[numbers] = vectors.numpy()
+            advance(len(numbers))
+    return pooled
 
 
 def list_body(model: SentenceTransformer) -> list[nn.Module]:

@@ -16,7 +16,8 @@ states decoded from y. Each block sees the errors of those before it, and makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from embedistill.architectures import Sizes, architecture_of, find_layers, find_words, resize
-from embedistill.encoding.local import cut_batches
+from embedistill.encoding.local import cut_batches, one_thread_a_batch
 from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, positions_of
 from embedistill.progress import progress_bar
 from embedistill.student.selection import choose_heads
@@ -114,11 +115,11 @@ def fit_narrow(
         targets: The teacher's vectors of these texts, shape (n_texts, dim).
     """
     order = sorted(range(len(ids)), key=lambda number: -len(ids[number]))  # as chunks are cut
-    fit = _Fit(teacher, sizes, layers, [ids[number] for number in order], torch.from_numpy(targets[order]))
-    tables = fit.embed()
     following = [*layers[1:], len(find_layers(teacher))]
-    with progress_bar("student is fitted", len(layers), "layers") as advance:
-        blocks = []
+    blocks = []
+    with _rough_products(), progress_bar("student is fitted", len(layers), "layers") as advance:
+        fit = _Fit(teacher, sizes, layers, [ids[number] for number in order], torch.from_numpy(targets[order]))
+        tables = fit.embed()
         for layer, following_layer in zip(layers, following, strict=True):
             blocks.append(fit.add_block(layer, following_layer))
             advance(1)
@@ -128,6 +129,17 @@ def fit_narrow(
     if architecture_of(teacher).shared_bias:
         _share_bias(student, teacher, fit.kept_heads[layers[0]])
     return student.eval()
+
+
+@contextmanager
+def _rough_products() -> Iterator[None]:
+    """Let products of fp32 read bf16 where the processor has it; sums stay fp32, so a Gram matrix stays positive."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Fit:
@@ -289,7 +301,13 @@ class _Fit:
 
     def _each(self, run: Callable[[_Chunk], Tensor]) -> Tensor:
         """Return what a function gives for each chunk, in bf16: rows of all tokens."""
-        return torch.cat([run(chunk).bfloat16() for chunk in self.chunks])
+
+        @torch.no_grad()  # each thread has a mode of its own
+        def run_one(chunk: _Chunk) -> Tensor:
+            return run(chunk).bfloat16()
+
+        with one_thread_a_batch() as threads:
+            return torch.cat(list(threads.map(run_one, self.chunks)))
 
 
 class _Sums(dict[str, Tensor]):
