@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed   ## environment, install, distil, report, search
 	$(BIN)/embedistill run quickstart
 
 test: lint       ## everything that must hold
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/installed-dev     ## style, format, types
 	$(BIN)/ruff check .
