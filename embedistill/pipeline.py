@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -47,7 +47,7 @@ from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stages, check_space, hold_folder, list_versions
 from embedistill.student.building import add_head, build_student, list_body
-from embedistill.student.head import fit_pca, project
+from embedistill.student.head import Matrix, fit_pca, project
 from embedistill.student.planning import TransformerPlan
 from embedistill.student.saving import load_projection, save_student
 from embedistill.student.static import build_static
@@ -62,6 +62,7 @@ from embedistill.teacher import (
     locate,
 )
 from embedistill.training.loop import Schedule, train
+from embedistill.training.readings import Dev
 
 _FIT_TEXTS = 5_000
 _PCA_TEXTS = 20_000
@@ -69,6 +70,7 @@ _SPEED_TEXTS = 64
 TARGETS = "targets.json"
 ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
 _EXAMPLES = 10
+_DEV_SHARE, _FEWEST_DEV = 20, 8
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
@@ -206,13 +208,31 @@ class _Line:
         return _texts_by_kind(self.corpus["train"])
 
     @cached_property
-    def training_texts(self) -> dict[Kind, list[str]]:
-        """Those of them whose vectors can be trained on."""
+    def _usable_texts(self) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:
+        """Those of them whose vectors can be trained on: to train on, and to watch the student on."""
         dropped = {kind: set(numbers) for kind, numbers in read_json(self.folder / TARGETS)["dropped"].items()}
-        return {
-            kind: [text for number, text in enumerate(texts) if number not in dropped[kind]]
+        usable = [
+            (kind, text)
             for kind, texts in self.encoded_texts.items()
-        }
+            for number, text in enumerate(texts)
+            if number not in dropped[kind]
+        ]
+        n_dev = min(self.recipe.training.dev_size, len(usable) // _DEV_SHARE)
+        n_dev = n_dev if n_dev >= _FEWEST_DEV else 0
+        dev = set(np.random.default_rng(self.recipe.seed).permutation(len(usable))[:n_dev].tolist())
+        trained: dict[Kind, list[str]] = {kind: [] for kind in self.encoded_texts}
+        watched: dict[Kind, list[str]] = {kind: [] for kind in self.encoded_texts}
+        for number, (kind, text) in enumerate(usable):
+            (watched if number in dev else trained)[kind].append(text)
+        return trained, watched
+
+    @property
+    def training_texts(self) -> dict[Kind, list[str]]:
+        return self._usable_texts[0]
+
+    @property
+    def dev_texts(self) -> dict[Kind, list[str]]:
+        return self._usable_texts[1]
 
     def read(self) -> dict[str, Any]:
         section = self.recipe.corpus
@@ -290,7 +310,7 @@ class _Line:
         size = section.embedding_size
         projection = fit_pca(vectors, size) if size and size < vectors.shape[1] else None
         texts, vectors = inputs[:_FIT_TEXTS], vectors[:_FIT_TEXTS]
-        targets, counted = project(vectors, projection), self._list_inputs(source)
+        targets, counted = project(vectors, projection), _list_inputs(source, self.training_texts)
         layers: list[int] | None = None
         if plan:
             student, layers = build_student(source, plan, texts, vectors, projection=projection, counted=counted)
@@ -326,10 +346,6 @@ class _Line:
         order = np.random.default_rng(self.recipe.seed).permutation(len(inputs))
         return [inputs[number] for number in order], np.concatenate(vectors)[order]
 
-    def _list_inputs(self, model: SentenceTransformer) -> list[str]:
-        """Return the training texts as the model sees them."""
-        return [find_prompt(model, kind) + text for kind, texts in self.training_texts.items() for text in texts]
-
     def train(self) -> None:
         via = self.recipe.student.via
         self._train("untrained", "model", 1 - via.share if via else 1.0)
@@ -342,22 +358,29 @@ class _Line:
         for kind, texts in self.training_texts.items():
             encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
         targets = self.teacher.open_targets(self.training_texts)
-        settings = section.model_dump(exclude={"objectives", "temperature", "dtype"})
+        settings = section.model_dump(exclude={"objectives", "temperature", "dtype", "dev_size"})
         settings["epochs"] = share * section.epochs
         settings["minutes"] = share * section.minutes if section.minutes else None
         train(
             student,
-            self._list_inputs(student),
+            _list_inputs(student, self.training_texts),
             lambda batch: project(targets(batch), projection),
             weights={"embedding": section.objectives.embedding, "similarity": section.objectives.similarity},
             temperature=section.temperature,
             schedule=Schedule(**settings, seed=self.recipe.seed, dtype=self._choose_dtype("student", section.dtype)),
             work_dir=self.folder / "checkpoints" / self.stages.current[:12],
+            dev=self._open_dev(student, projection),
             log_path=self.folder / ("training_log.jsonl" if trained == "model" else f"{trained}_log.jsonl"),
         )
         layers = read_json(self.folder / name / "embedistill.json")["layers"]
         self._save(student, self.folder / trained, projection, layers)
         remove(self.folder / "checkpoints")
+
+    def _open_dev(self, student: SentenceTransformer, projection: Matrix | None) -> Dev | None:
+        if not any(self.dev_texts.values()):
+            return None
+        vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.dev_texts.items() if texts]
+        return Dev(_list_inputs(student, self.dev_texts), project(np.concatenate(vectors), projection))
 
     def evaluate(self) -> dict[str, Any]:
         tasks = self._all_tasks()
@@ -454,6 +477,11 @@ class _Line:
         with written_aside(folder) as part:
             part.mkdir()
             save_student(student, part, projection, space)
+
+
+def _list_inputs(model: SentenceTransformer, texts_by_kind: Mapping[Kind, Sequence[str]]) -> list[str]:
+    """Return texts as a model sees them, with its prompts."""
+    return [find_prompt(model, kind) + text for kind, texts in texts_by_kind.items() for text in texts]
 
 
 def _texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:

@@ -1,5 +1,8 @@
 import json
 import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from embedistill.architectures import read_config
@@ -16,6 +20,7 @@ from embedistill.student.planning import plan_transformer
 from embedistill.training import loop
 from embedistill.training.loop import LengthGroupedSampler, Schedule, train
 from embedistill.training.objectives import DistillationLoss, similarity_divergence
+from embedistill.training.readings import Dev, Reading, find_fault, measure
 
 
 def test_similarity_divergence_by_hand() -> None:
@@ -127,7 +132,10 @@ def test_the_same_seed_gives_the_same_student(setting: SimpleNamespace, tmp_path
     np.testing.assert_allclose(first.encode(setting.texts), second.encode(setting.texts), atol=1e-5)
 
 
-def test_a_stopped_training_goes_on_to_the_same_student(setting: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_stopped_training_goes_on_to_the_same_student(
+    setting: SimpleNamespace, tmp_path: Path, watched: bool
+) -> None:
     class Stop(BaseException):
         pass
 
@@ -140,20 +148,24 @@ def test_a_stopped_training_goes_on_to_the_same_student(setting: SimpleNamespace
             raise Stop
         return setting.vectors[rows]
 
-    whole = run(setting, tmp_path / "whole")
+    dev = Dev(setting.texts[:40], setting.vectors[:40]) if watched else None
+    whole = run(setting, tmp_path / "whole", dev=dev)
     with pytest.raises(Stop):
-        run(setting, tmp_path / "stopped", targets=stopping)
+        run(setting, tmp_path / "stopped", targets=stopping, dev=dev)
     checkpoints = tmp_path / "stopped" / "checkpoints"
     last = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     broken = checkpoints / "checkpoint-999"  # as a kill in the middle of writing leaves it
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"half")
-    again = run(setting, tmp_path / "stopped")
+    again = run(setting, tmp_path / "stopped", dev=dev)
     assert int(last.name.split("-")[1]) >= 20
     np.testing.assert_allclose(again.encode(setting.texts), whole.encode(setting.texts), atol=1e-4)
     log = (tmp_path / "stopped" / "log.jsonl").read_text()
-    steps = [json.loads(line)["step"] for line in log.splitlines()]
+    entries = [json.loads(line) for line in log.splitlines()]
+    steps = [entry["step"] for entry in entries]
     assert steps == sorted(steps)
+    read = [entry["step"] for entry in entries if "dev_cosine" in entry]
+    assert read == ([0, *range(3, 31, 3)] if watched else [])
 
 
 def test_a_lost_loss_stops_the_run_and_says_why(setting: SimpleNamespace, tmp_path: Path) -> None:
@@ -172,3 +184,84 @@ def test_minutes_bound_the_steps_and_leave_the_student_as_it_was(
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in log) == steps
     assert not (tmp_path / "checkpoints" / "calibration").exists()
+
+
+def test_steps_bound_the_training(setting: SimpleNamespace, tmp_path: Path) -> None:
+    run(setting, tmp_path, schedule=replace(SCHEDULE, steps=7))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert max(entry["step"] for entry in log) == 7
+
+
+def test_readings_by_hand() -> None:
+    """Three unit vectors: the cosines of their pairs are 0, 1, 0 and the teacher's 1, 0, 0."""
+    vectors = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
+    targets = np.array([[0, 1], [0, 1], [1, 0]], np.float32)
+    found = measure(vectors, targets)
+    assert found.cosine == pytest.approx(2 / 3)
+    assert found.similarity == pytest.approx(-1 / 2)
+    assert found.spread == pytest.approx(2 / 3)
+    shares = math.sqrt(2) / (math.sqrt(2) + 1), 1 / (math.sqrt(2) + 1)  # singular values: the roots of 2 and 1
+    assert found.rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+    assert measure(vectors[[0, 0, 0]], targets).spread == pytest.approx(0)
+    assert measure(vectors[[0, 0, 0]], targets).rank == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("now", "fault"),
+    [
+        (Reading(0.75, 0.9, 0.7, 90), None),
+        (Reading(0.57, 0.9, 0.7, 90), None),
+        (Reading(0.55, 0.9, 0.7, 90), "diverged: cosine to the teacher 0.550, where 0.800 was at the start"),
+        (Reading(0.75, 0.9, 0.19, 90), "collapsed, .*spread 0.19, where 0.9 was"),
+        (Reading(0.75, 0.9, 0.7, 24), "collapsed, .*rank 24, where 100 was"),
+        (Reading(math.nan, 0.9, 0.7, 90), "not finite"),
+    ],
+)
+def test_a_lost_student_is_told_by_its_readings(now: Reading, fault: str | None) -> None:
+    untrained, teacher = Reading(0.8, 0.9, 0.9, 100), Reading(1, 1, 0.8, 110)
+    found = find_fault(now, untrained, teacher)
+    assert found is None if fault is None else re.search(fault, str(found))
+
+
+@dataclass(frozen=True)
+class Scripted(Dev):
+    """Gives readings from a list, and keeps the weights that each was of."""
+
+    cosines: Sequence[float] = ()
+    seen: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def read(self, student: SentenceTransformer) -> Reading:
+        self.seen.append({name: value.clone() for name, value in student.state_dict().items()})
+        return Reading(self.cosines[len(self.seen) - 1], 0.9, 0.5, 10)
+
+
+@pytest.mark.parametrize(("cosines", "best"), [([0.5, 0.7, 0.6, 0.65], 1), ([0.5, 0.4, 0.4, 0.4], 0)])
+def test_the_best_weights_are_kept_not_the_last(
+    setting: SimpleNamespace, tmp_path: Path, cosines: list[float], best: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines)
+    student = run(setting, tmp_path, schedule=replace(SCHEDULE, dev_steps=10), dev=dev)
+    assert len(dev.seen) == 4
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, dev.seen[best][name])
+    assert any(not torch.equal(value, dev.seen[3][name]) for name, value in student.state_dict().items())
+    said = capsys.readouterr().err
+    assert f"Kept: the weights of step {10 * best}" in said
+    assert ("No step was better than the untrained student" in said) == (best == 0)
+
+
+def test_a_student_that_is_lost_stops_the_run_and_leaves_the_best_weights(
+    setting: SimpleNamespace, tmp_path: Path
+) -> None:
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], [0.5, 0.6, 0.3, 0.55, 0.3, 0.2])
+    with pytest.raises(EmbedistillError, match=r"step 25: the student diverged.*lower .*learning_rate.*of step 5"):
+        run(setting, tmp_path, schedule=replace(SCHEDULE, dev_steps=5), dev=dev)
+    weights = load_file(tmp_path / "checkpoints" / "best.safetensors")
+    name = next(name for name in weights if name.endswith(("query.weight", ".q.weight")))
+    torch.testing.assert_close(weights[name], dev.seen[1][name])
+
+
+def test_a_learning_rate_far_too_high_is_found_out(setting: SimpleNamespace, tmp_path: Path) -> None:
+    dev = Dev(setting.texts[:60], setting.vectors[:60])
+    with pytest.raises(EmbedistillError, match=r"the student (collapsed|diverged).*lower training\.learning_rate"):
+        run(setting, tmp_path, schedule=replace(SCHEDULE, learning_rate=1.0), dev=dev)

@@ -199,6 +199,7 @@ class TrainingSection(_Section):
 
     epochs: Positive = Field(3.0, description="Passes over the training texts, at most.")
     minutes: Positive | None = Field(None, description="Time for training, at most; the schedule is fitted to it.")
+    steps: Count | None = Field(None, description="Steps of training, at most.")
     batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Texts a step.")
     learning_rate: Positive = Field(2e-4, description="Peak learning rate; linear warm-up, cosine decay to zero.")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the steps that warms up.")
@@ -206,6 +207,12 @@ class TrainingSection(_Section):
     objectives: ObjectivesSection = ObjectivesSection()
     temperature: Positive = Field(0.05, description="Temperature of the similarity term.")
     checkpoint_steps: Count = Field(100, description="Steps between checkpoints: what a kill can cost.")
+    dev_size: Annotated[int, Field(ge=0)] = Field(
+        256,
+        description="Texts kept out of training, a twentieth at most, to watch the student on: its best weights are "
+        "kept; 0: the last ones are.",
+    )
+    dev_steps: Count | None = Field(None, description="Steps between looks at them; default: a tenth of all.")
     dtype: Dtype = Field("auto", description="As teacher.dtype, for the student's training.")
 
 

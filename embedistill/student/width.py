@@ -39,9 +39,10 @@ _RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the
 _RIDGE = 1e-4  # on 100,000 tokens; on fewer more
 _DAMPING = 0.3
 _TURNS = 6
-_CHUNK = 8_192  # tokens
+_CHUNK = 2_048  # tokens that a core runs at once
+_PART = 16_384  # tokens whose products are summed at once
 _OFTEN = 20  # times a position has to be seen for its shift to be measured, not derived
-_MANY = 2_048  # neurons, from which on every other chunk is enough to fit what is added
+_MANY = 2_048  # neurons, from which on every other part is enough to fit what is added
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class _Fit:
         self.teacher, self.sizes, self.ids, self.targets = teacher, sizes, ids, targets
         self.packed = PackedBody(teacher, torch.bfloat16)
         self.chunks = _cut(ids)
+        n_parts = math.ceil(sum(len(text) for text in ids) / _PART)
+        self.parts = [slice(first, None, n_parts) for first in range(n_parts)]
         self.ridge = _RIDGE * max(1.0, 1e5 / sum(len(text) for text in ids))
         self.hidden = self._each(lambda chunk: self.packed.embed(chunk.texts))
         self.layer = 0
@@ -277,9 +280,9 @@ class _Fit:
         """Return the least-squares map from the payload to hidden states of the teacher."""
         mean, target_mean = self.stream.payload.mean(0), _mean(states)
         sums = _Sums()
-        for chunk in self.chunks:
-            payload = self.stream.payload[chunk.rows] - mean
-            sums.add(yy=(payload, payload), yt=(payload, states[chunk.rows].float() - target_mean))
+        for rows in self.parts:
+            payload = self.stream.payload[rows] - mean
+            sums.add(yy=(payload, payload), yt=(payload, states[rows].float() - target_mean))
         weight = _solve(sums["yy"], sums["yt"], self.ridge).float()
         return _Map(weight, target_mean - mean @ weight)
 
@@ -287,16 +290,16 @@ class _Fit:
         """Let a block add a linear map of its features to the stream, so that the states can be decoded from it."""
         mean, target_mean = self.stream.payload.mean(0), _mean(states)
         sums = _Sums()
-        for chunk in self.chunks[:: 2 if self.sizes.intermediate_size > _MANY else 1]:
-            read = functional.pad(features(chunk.rows), (0, 1), value=1.0)
-            payload = self.stream.payload[chunk.rows] - mean
-            target = states[chunk.rows].float() - target_mean
+        for rows in self.parts[:: 2 if self.sizes.intermediate_size > _MANY else 1]:
+            read = functional.pad(features(rows), (0, 1), value=1.0)
+            payload = self.stream.payload[rows] - mean
+            target = states[rows].float() - target_mean
             sums.add(ff=(read, read), ft=(read, target), fy=(read, payload))
             sums.add(yy=(payload, payload), yt=(payload, target))
         added = _solve_in_turns(sums, self.ridge).float()
         join = _Map(added[:-1], added[-1])
-        for chunk in self.chunks:
-            self.stream.payload[chunk.rows] += join(features(chunk.rows))
+        for rows in self.parts:
+            self.stream.payload[rows] += join(features(rows))
         return join, self.stream.normalise()
 
     def _each(self, run: Callable[[_Chunk], Tensor]) -> Tensor:
@@ -323,14 +326,16 @@ class _Sums(dict[str, Tensor]):
 def _solve_in_turns(sums: dict[str, Tensor], ridge: float) -> Tensor:
     """Return F that minimises |T - (y + f F) R|^2 over F and R; damped, so that no weak direction of R blows F up."""
     decoder = _solve(sums["yy"], sums["yt"], ridge)
-    factor = torch.linalg.cholesky(sums["ff"] + _ridge_of(sums["ff"], ridge))
+    lift = _ridge_of(sums["ff"], ridge)
+    factor = torch.linalg.cholesky(sums["ff"] + lift)
     added = torch.zeros_like(sums["fy"])
     for _ in range(_TURNS):
         metric = decoder @ decoder.T
         wanted = (sums["ft"] - sums["fy"] @ decoder) @ decoder.T
-        added = torch.cholesky_solve(wanted, factor) @ torch.linalg.inv(metric + _ridge_of(metric, _DAMPING))
+        wanted = wanted @ torch.linalg.inv(metric + _ridge_of(metric, _DAMPING))
+        added = torch.cholesky_solve(wanted, factor)
         cross = added.T @ sums["fy"]
-        gram = sums["yy"] + cross + cross.T + added.T @ sums["ff"] @ added
+        gram = sums["yy"] + cross + cross.T + added.T @ (wanted - lift.diagonal()[:, None] * added)
         decoder = _solve(gram, sums["yt"] + added.T @ sums["ft"], ridge)
     return added
 

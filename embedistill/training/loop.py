@@ -25,6 +25,7 @@ from embedistill.errors import EmbedistillError
 from embedistill.files import read_json, remove, write_json, write_text
 from embedistill.progress import note, progress_bar
 from embedistill.training.objectives import DistillationLoss, Term
+from embedistill.training.readings import Criterion, Dev, KeepBest
 
 Targets = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 """From row numbers (batch,) to the teacher's vectors in the student's space (batch, dim)."""
@@ -32,6 +33,7 @@ Targets = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
 _COMPLETE = "complete"
 _POOL_BATCHES = 32
 _CALIBRATION_SECONDS = 10.0
+_DEV_READINGS = 10  # of a training, where the recipe names no steps
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Schedule:
     checkpoint_steps: int
     seed: int
     dtype: torch.dtype = torch.float32
+    steps: int | None = None
+    dev_steps: int | None = None
 
 
 def train(
@@ -59,10 +63,12 @@ def train(
     schedule: Schedule,
     work_dir: Path,
     log_path: Path,
+    dev: Dev | None = None,
 ) -> SentenceTransformer:
     """Train a student in place on the teacher's vectors of its texts, and return it.
 
-    A run that was killed goes on from its last whole checkpoint in `work_dir`, with the same batches.
+    A run that was killed goes on from its last whole checkpoint in `work_dir`, with the same batches. With texts to
+    watch the student on, the weights that did best on them are returned, the untrained ones among them.
 
     Args:
         student: The model to train; its dropout is switched off.
@@ -73,9 +79,11 @@ def train(
         schedule: How long, how fast and in what steps.
         work_dir: Folder for checkpoints and for the number of steps that a time budget came to.
         log_path: File for the log, one JSON object a line.
+        dev: Texts that are not trained on, to watch the student on.
 
     Raises:
-        EmbedistillError: The loss is not finite.
+        EmbedistillError: The loss is not finite, or the student collapsed or diverged. Checkpoints and the best weights
+            stay in `work_dir`.
     """
     _switch_dropout_off(student)
     dataset = Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))})
@@ -97,16 +105,24 @@ def train(
 
     plan = work_dir / "plan.json"
     if not plan.is_file():
-        planned = _plan_steps(schedule, len(texts), student, start, work_dir / "calibration")
+        planned = _plan_steps(schedule, len(texts), student, start, work_dir / "calibration", dev=dev)
         write_json(plan, {"steps": planned})
     steps: int = read_json(plan)["steps"]
     checkpoint = _last_whole_checkpoint(work_dir)
+    best = None
+    if dev:
+        every = schedule.dev_steps or max(1, steps // _DEV_READINGS)
+        criterion: Criterion = "cosine" if weights.get("embedding") else "similarity"
+        best = KeepBest(student, dev, criterion, every, schedule.dtype, work_dir)
     with ExitStack() as stack:
         advance = stack.enter_context(progress_bar("Training", steps, "steps"))
-        trainer = start(steps, work_dir, [_Watch(advance, log_path)])
+        watch = _Watch(advance, log_path)
+        trainer = start(steps, work_dir, [best, watch] if best else [watch])
         if checkpoint:
             note(f"Training goes on from {checkpoint.name}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if best:
+        best.restore()
     return student
 
 
@@ -199,9 +215,12 @@ def _plan_steps(
     student: SentenceTransformer,
     start: Callable[[int, Path, list[TrainerCallback]], SentenceTransformerTrainer],
     folder: Path,
+    *,
+    dev: Dev | None,
 ) -> int:
-    """Return the steps of the epochs, or those that fit into the minutes where these are fewer."""
+    """Return the steps of the epochs, or those asked for or fitting into the minutes where these are fewer."""
     wanted = max(1, round(schedule.epochs * math.ceil(n_texts / schedule.batch_size)))
+    wanted = min(wanted, schedule.steps or wanted)
     if schedule.minutes is None or wanted < 4:
         return wanted
     weights = {name: value.clone() for name, value in student.state_dict().items()}
@@ -210,11 +229,18 @@ def _plan_steps(
     student.load_state_dict(weights)
     student.zero_grad()
     remove(folder)
-    fitting = max(1, int(schedule.minutes * 60 / stopwatch.seconds_per_step))
+    seconds = schedule.minutes * 60 - (_DEV_READINGS * _time_reading(student, dev) if dev else 0)
+    fitting = max(1, int(seconds / stopwatch.seconds_per_step))
     steps = min(wanted, fitting)
     epochs = steps * schedule.batch_size / n_texts
     note(f"Training: {steps:,} steps of {stopwatch.seconds_per_step:.2f} s, {epochs:.1f} epochs")
     return steps
+
+
+def _time_reading(student: SentenceTransformer, dev: Dev) -> float:
+    start = time.perf_counter()
+    dev.read(student)
+    return time.perf_counter() - start
 
 
 def _arguments(schedule: Schedule, steps: int, folder: Path) -> SentenceTransformerTrainingArguments:

@@ -1,0 +1,159 @@
+"""How a student in training does on texts that are kept out of it: what is logged, kept and stopped by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_model, save_model
+from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from embedistill.errors import EmbedistillError
+from embedistill.files import read_json, remove, write_json, written_aside
+from embedistill.progress import note
+
+Criterion = Literal["cosine", "similarity"]
+
+_COLLAPSED = 0.25  # of the spread or rank that the teacher or the untrained student has, whichever is less
+_DIVERGED = 0.7  # of the untrained student's cosine to its teacher
+_PATIENCE = 2  # readings that find a student lost before it is given up
+
+
+@dataclass(frozen=True)
+class Dev:
+    """Texts that are not trained on, as the student sees them, and the teacher's vectors of them, (n_texts, dim)."""
+
+    texts: Sequence[str]
+    vectors: npt.NDArray[np.float32]
+
+    def read(self, student: SentenceTransformer) -> Reading:
+        """Encode the texts, and return how the student does; it is in training mode again afterwards."""
+        vectors = student.encode(list(self.texts), prompt="", normalize_embeddings=True, show_progress_bar=False)
+        student.train()
+        return measure(vectors, self.vectors)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is seen of a student at one step.
+
+    Attributes:
+        cosine: Mean cosine to the teacher's vector of the same text.
+        similarity: Pearson correlation of the cosines of all pairs of texts with the teacher's.
+        spread: 1 - the mean cosine of all pairs of texts; 0 where all have one vector.
+        rank: Effective rank of the vectors: exp of the entropy of their singular values (Roy and Vetterli, 2007).
+    """
+
+    cosine: float
+    similarity: float
+    spread: float
+    rank: float
+
+
+def measure(vectors: npt.NDArray[np.float32], targets: npt.NDArray[np.float32]) -> Reading:
+    """Compare unit vectors of a student with its teacher's of the same texts, at least three, both (n_texts, dim)."""
+    if not np.isfinite(vectors).all():
+        return Reading(*[math.nan] * 4)
+    pairs = np.triu_indices(len(vectors), 1)
+    own, wanted = (vectors @ vectors.T)[pairs], (targets @ targets.T)[pairs]
+    values = np.linalg.svd(vectors, compute_uv=False)
+    shares = values[values > 0] / values.sum()
+    return Reading(
+        cosine=float((vectors * targets).sum(1).mean()),
+        similarity=float(np.corrcoef(own, wanted)[0, 1]) if own.std() > 0 else 0.0,
+        spread=float(1 - own.mean()),
+        rank=float(np.exp(-(shares * np.log(shares)).sum())),
+    )
+
+
+def find_fault(now: Reading, untrained: Reading, teacher: Reading) -> str | None:
+    """Return what went wrong with a student, in words, with the figures that tell it; None: nothing."""
+    if math.isnan(now.cosine):
+        return "gives vectors that are not finite"
+    for name, what in (("spread", "texts have nearly one vector"), ("rank", "vectors fill a few directions only")):
+        value, least = getattr(now, name), _COLLAPSED * min(getattr(untrained, name), getattr(teacher, name))
+        if value < least:
+            return f"collapsed, {what}: {name} {value:.3g}, where {getattr(untrained, name):.3g} was at the start"
+    if now.cosine < _DIVERGED * untrained.cosine:
+        return f"diverged: cosine to the teacher {now.cosine:.3f}, where {untrained.cosine:.3f} was at the start"
+    return None
+
+
+@dataclass(eq=False)
+class KeepBest(TrainerCallback):
+    """Reads a student every so many steps, keeps its best weights in a folder, and stops where it is lost.
+
+    Readings go to the trainer's log, and so into its checkpoints. The best step is the one nearest to the teacher by
+    the criterion. A student that two readings running find lost, or the last one, is given up.
+    """
+
+    student: SentenceTransformer
+    dev: Dev
+    criterion: Criterion
+    every: int
+    dtype: torch.dtype
+    folder: Path
+    _faults: int = 0
+
+    @cached_property
+    def _teacher(self) -> Reading:
+        return measure(self.dev.vectors, self.dev.vectors)
+
+    @property
+    def _described(self) -> Path:
+        return self.folder / "best.json"
+
+    @property
+    def _weights(self) -> Path:
+        return self.folder / "best.safetensors"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the untrained student, where training does not go on from a checkpoint."""
+        if state.global_step == 0:
+            remove(self._described)
+            self._read(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read the student where it is time to."""
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._read(state)
+
+    def _read(self, state: TrainerState) -> None:
+        with torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
+            reading = self.dev.read(self.student)
+        entry = {f"dev_{name}": value for name, value in asdict(reading).items()}
+        state.log_history.append({**entry, "step": state.global_step})
+        score = getattr(reading, self.criterion)
+        if not self._described.is_file() or score > read_json(self._described)["score"]:
+            with written_aside(self._weights) as path:
+                save_model(self.student, str(path))
+            write_json(self._described, {"step": state.global_step, "score": score})
+        self._stop_if_lost(reading, state)
+
+    def _stop_if_lost(self, reading: Reading, state: TrainerState) -> None:
+        first = next(entry for entry in state.log_history if "dev_cosine" in entry)
+        untrained = Reading(**{name: first[f"dev_{name}"] for name in asdict(reading)})
+        fault = find_fault(reading, untrained, self._teacher)
+        self._faults = self._faults + 1 if fault else 0
+        if fault and (self._faults == _PATIENCE or state.global_step == state.max_steps):
+            where, best = f"training, step {state.global_step}", read_json(self._described)
+            do = f"lower training.learning_rate; the weights of step {best['step']}, the best, are in {self._weights}"
+            raise EmbedistillError(where, f"the student {fault}", do=do)
+
+    def restore(self) -> None:
+        """Give the student its best weights back."""
+        best = read_json(self._described)
+        load_model(self.student, str(self._weights))
+        note(f"Kept: the weights of step {best['step']:,}, {self.criterion} {best['score']:.4f} on texts kept out")
+        if best["step"] == 0:
+            note("No step was better than the untrained student: lower training.learning_rate, or train for longer")
