@@ -62,6 +62,7 @@ from embedistill.teacher import (
     locate,
 )
 from embedistill.training.loop import Schedule, train
+from embedistill.training.objectives import Temperature, Term
 from embedistill.training.readings import Dev
 
 _FIT_TEXTS = 5_000
@@ -256,6 +257,10 @@ class _Line:
             raise UsageError(
                 "student.embedding_size", str(size), f"at most the {cache.dim} of the teacher's embeddings"
             )
+        prefixes = self.recipe.training.matryoshka
+        if max(prefixes, default=0) > (size or cache.dim):
+            found, expected = str(max(prefixes)), f"at most the {size or cache.dim} dimensions of the student"
+            raise UsageError("training.matryoshka", found, expected)
         n_texts = sum(len(texts) for texts in self.encoded_texts.values())
         n_missing = sum(len(self.teacher.cache(kind).missing(texts)) for kind, texts in self.encoded_texts.items())
         check_space(self.folder, _MODEL_COPIES * folder_bytes(self.located.path))
@@ -358,15 +363,17 @@ class _Line:
         for kind, texts in self.training_texts.items():
             encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
         targets = self.teacher.open_targets(self.training_texts)
-        settings = section.model_dump(exclude={"objectives", "temperature", "dtype", "dev_size"})
+        warmth = section.temperature
+        settings = section.model_dump(exclude={"objectives", "temperature", "matryoshka", "dtype", "dev_size"})
         settings["epochs"] = share * section.epochs
         settings["minutes"] = share * section.minutes if section.minutes else None
         train(
             student,
             _list_inputs(student, self.training_texts),
             lambda batch: project(targets(batch), projection),
-            weights={"embedding": section.objectives.embedding, "similarity": section.objectives.similarity},
-            temperature=section.temperature,
+            weights=cast(dict[Term, float], section.objectives.model_dump()),
+            temperature=Temperature(warmth.start, warmth.end or warmth.start, warmth.schedule),
+            prefixes=section.matryoshka,
             schedule=Schedule(**settings, seed=self.recipe.seed, dtype=self._choose_dtype("student", section.dtype)),
             work_dir=self.folder / "checkpoints" / self.stages.current[:12],
             dev=self._open_dev(student, projection),

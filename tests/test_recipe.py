@@ -76,7 +76,7 @@ def test_what_is_no_recipe_says_so(tmp_path: Path, text: str, message: str) -> N
         ("seed: -1", "seed: -1; expected greater than or equal to 0"),
         ("training: {minutes: 1e999}", "training.minutes: inf; expected a finite number"),
         ("training: {minutes: .inf}", "training.minutes: '.inf'; expected a valid number"),
-        ("training: {objectives: {embedding: 0}}", "one weight above 0"),
+        ("training: {objectives: {embedding: 0}}", "one weight above 0 of a term that follows the teacher"),
         ("evaluation: {tasks: [../x]}", "evaluation.tasks.0: '../x'; expected"),
         ("? [a]\n: 1", "a key that is no word"),
     ],
@@ -85,6 +85,15 @@ def test_what_would_fail_hours_later_is_refused(tmp_path: Path, settings: str, m
     with pytest.raises(UsageError) as error:
         load_recipe(write(tmp_path, GOOD + settings))
     assert message in str(error.value)
+
+
+def test_a_temperature_is_a_number_or_goes_from_one_to_another(tmp_path: Path) -> None:
+    constant = load_recipe(write(tmp_path, GOOD + "training: {temperature: 0.1}")).training.temperature
+    assert (constant.start, constant.end) == (0.1, None)
+    moving = load_recipe(write(tmp_path, GOOD), "training.temperature.start=0.1", "training.temperature.end=0.02")
+    assert (moving.training.temperature.start, moving.training.temperature.end) == (0.1, 0.02)
+    with pytest.raises(UsageError, match=r"training\.temperature: 0; expected greater than 0"):
+        load_recipe(write(tmp_path, GOOD + "training: {temperature: 0}"))
 
 
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:

@@ -19,7 +19,13 @@ from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
 from embedistill.training import loop
 from embedistill.training.loop import LengthGroupedSampler, Schedule, train
-from embedistill.training.objectives import DistillationLoss, similarity_divergence
+from embedistill.training.objectives import (
+    DistillationLoss,
+    Temperature,
+    contrast,
+    matrix_distance,
+    similarity_divergence,
+)
 from embedistill.training.readings import Dev, Reading, find_fault, measure
 
 
@@ -54,10 +60,62 @@ class Echo(torch.nn.Module):
 
 def test_the_loss_is_its_weighted_terms() -> None:
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
-    terms = DistillationLoss(Echo(), {"embedding": 2.0, "similarity": 0.0}, 0.1)([{"x": student}], teacher)
+    constant = Temperature(0.1, 0.1)
+    terms = DistillationLoss(Echo(), {"embedding": 2.0, "similarity": 0.0}, constant)([{"x": student}], teacher)
     assert {name: value.item() for name, value in terms.items()} == {"embedding": pytest.approx(2 * 0.4 / 2)}
-    both = DistillationLoss(Echo(), {"embedding": 1.0, "similarity": 3.0}, 0.1)([{"x": student}], teacher)
+    both = DistillationLoss(Echo(), {"embedding": 1.0, "similarity": 3.0}, constant)([{"x": student}], teacher)
     assert both["similarity"].item() == pytest.approx(3 * similarity_divergence(student, teacher, 0.1).item())
+
+
+def test_matrix_distance_by_hand() -> None:
+    """Cosines of the pairs: .6, 0, .8 of the student, .8, 0, .6 of the teacher; each pair counts twice of six."""
+    student = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    teacher = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 1.0, 0.0]])
+    assert matrix_distance(student, teacher).item() == pytest.approx((0.2**2 + 0.2**2) / 3)
+    assert matrix_distance(2 * student, teacher).item() == pytest.approx((1.6**2 + 2.6**2) / 3)  # no diagonal
+    assert matrix_distance(student[:1], teacher[:1]).item() == 0
+
+
+def test_contrast_by_hand() -> None:
+    """Rows of cosines to the teacher's vectors: (.6, .8) and (0, 1); the positives are on the diagonal."""
+    student, teacher = torch.tensor([[0.6, 0.8], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    first = -math.log(math.exp(0.6 / 0.5) / (math.exp(0.6 / 0.5) + math.exp(0.8 / 0.5)))
+    second = -math.log(math.exp(1 / 0.5) / (1 + math.exp(1 / 0.5)))
+    assert contrast(student, teacher, 0.5).item() == pytest.approx((first + second) / 2, rel=1e-5)
+    assert contrast(student[:1], teacher[:1], 0.5).item() == 0
+
+
+def test_spread_by_hand() -> None:
+    """One pair of cosine .6 in two dimensions: its mean squared, and nothing, .36 being less than 1/2, for the rest."""
+    student = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    loss = DistillationLoss(Echo(), {"embedding": 1.0, "spread": 2.0}, Temperature(0.1, 0.1))
+    assert loss([{"x": student}], student)["spread"].item() == pytest.approx(2 * 0.6**2)
+
+
+def test_prefixes_are_vectors_of_their_own() -> None:
+    """Of (3, 4, 0) and (4, 3, 12) the first two dimensions have a cosine of .96, the first alone of 1."""
+    student, teacher = torch.tensor([[3.0, 4.0, 0.0]]), torch.tensor([[4.0, 3.0, 12.0]])
+    loss = DistillationLoss(Echo(), {"embedding": 1.0}, Temperature(0.1, 0.1), prefixes=[1, 2, 3])
+    expected = (0 + (1 - 0.96) + (1 - 24 / 65)) / 3
+    assert loss([{"x": student}], teacher)["embedding"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_temperatures_go_from_start_to_end() -> None:
+    assert [Temperature(0.1, 0.02, "linear").at(share) for share in (0, 0.5, 1)] == pytest.approx([0.1, 0.06, 0.02])
+    cosine = Temperature(0.1, 0.02, "cosine")
+    assert [cosine.at(share) for share in (0, 0.25, 1)] == pytest.approx([0.1, 0.1 - 0.08 * (1 - 0.5**0.5) / 2, 0.02])
+
+
+def test_training_takes_the_temperature_along(setting: SimpleNamespace, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Seen(Temperature):
+        def at(self, progress: float) -> float:
+            seen.append(progress)
+            return super().at(progress)
+
+    run(setting, tmp_path, schedule=replace(SCHEDULE, steps=4), temperature=Seen(0.1, 0.02))
+    assert sorted(set(seen)) == [0, 0.25, 0.5, 0.75]
 
 
 def test_batches_hold_every_text_once_and_texts_of_like_length() -> None:
@@ -103,7 +161,7 @@ def run(setting: SimpleNamespace, folder: Path, **changes: object) -> SentenceTr
     options = {
         "targets": setting.targets,
         "weights": {"embedding": 1.0, "similarity": 1.0},
-        "temperature": 0.1,
+        "temperature": Temperature(0.1, 0.1),
         "schedule": SCHEDULE,
         "work_dir": folder / "checkpoints",
         "log_path": folder / "log.jsonl",

@@ -14,6 +14,7 @@ KNOWN_ITEM = "known-item"
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Storage = Literal["float32", "float16", "bfloat16", "int8"]
 Fault = Literal["not-finite", "zero-norm", "cut", "equal", "outlier"]
@@ -181,17 +182,34 @@ class StudentSection(ShapeSection):
 class ObjectivesSection(_Section):
     """Weights of the terms of the loss."""
 
-    embedding: Annotated[float, Field(ge=0)] = Field(1.0, description="1 - cosine to the teacher's embedding.")
-    similarity: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="KL divergence of the student's in-batch similarities from the teacher's.",
+    embedding: Weight = Field(1.0, description="1 - cosine to the teacher's embedding.")
+    similarity: Weight = Field(
+        0.0, description="KL divergence of the student's in-batch similarities from the teacher's."
     )
+    matrix: Weight = Field(0.0, description="Squared difference of in-batch similarities to the teacher's.")
+    contrastive: Weight = Field(
+        0.0, description="InfoNCE: the teacher's embedding of the text among those of the batch."
+    )
+    spread: Weight = Field(0.0, description="Orthogonality of the batch: keeps embeddings apart.")
 
     @model_validator(mode="after")
     def _has_a_term(self) -> ObjectivesSection:
-        if not self.embedding and not self.similarity:
-            raise ValueError("one weight above 0")
+        if not any((self.embedding, self.similarity, self.matrix, self.contrastive)):
+            raise ValueError("one weight above 0 of a term that follows the teacher")
         return self
+
+
+class TemperatureSection(_Section):
+    """The temperature of the terms similarity and contrastive. A number in its place is constant."""
+
+    start: Positive = Field(0.05, description="At the first step.")
+    end: Positive | None = Field(None, description="At the last step; default: as at the first.")
+    schedule: Literal["linear", "cosine"] = Field("cosine", description="How it goes from one to the other.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_number(cls, given: Any) -> Any:
+        return {"start": given} if isinstance(given, int | float) else given
 
 
 class TrainingSection(_Section):
@@ -205,7 +223,10 @@ class TrainingSection(_Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the steps that warms up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
     objectives: ObjectivesSection = ObjectivesSection()
-    temperature: Positive = Field(0.05, description="Temperature of the similarity term.")
+    temperature: TemperatureSection = TemperatureSection()
+    matryoshka: list[Count] = Field(
+        [], description="Numbers of first dimensions that every term looks at, such as 384 and 128; default: all alone."
+    )
     checkpoint_steps: Count = Field(100, description="Steps between checkpoints: what a kill can cost.")
     dev_size: Annotated[int, Field(ge=0)] = Field(
         256,

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from embedistill.errors import EmbedistillError
 from embedistill.files import read_json, remove, write_json, write_text
 from embedistill.progress import note, progress_bar
-from embedistill.training.objectives import DistillationLoss, Term
+from embedistill.training.objectives import DistillationLoss, Temperature, Term
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
 Targets = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
@@ -59,7 +59,8 @@ def train(
     targets: Targets,
     *,
     weights: Mapping[Term, float],
-    temperature: float,
+    temperature: Temperature,
+    prefixes: Sequence[int] = (),
     schedule: Schedule,
     work_dir: Path,
     log_path: Path,
@@ -75,7 +76,8 @@ def train(
         texts: The training texts.
         targets: Gives the teacher's vectors by row of `texts`.
         weights: Weight of each term of the loss.
-        temperature: Of the similarity term.
+        temperature: Of the terms that have one.
+        prefixes: Numbers of dimensions that the terms look at; none: all alone.
         schedule: How long, how fast and in what steps.
         work_dir: Folder for checkpoints and for the number of steps that a time budget came to.
         log_path: File for the log, one JSON object a line.
@@ -88,7 +90,7 @@ def train(
     _switch_dropout_off(student)
     dataset = Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))})
     collator = TargetCollator(preprocess_fn=student.preprocess, targets=targets)
-    loss = DistillationLoss(student, weights, temperature)
+    loss = DistillationLoss(student, weights, temperature, prefixes)
 
     def start(steps: int, folder: Path, callbacks: list[TrainerCallback]) -> SentenceTransformerTrainer:
         trainer = SentenceTransformerTrainer(
@@ -116,7 +118,7 @@ def train(
         best = KeepBest(student, dev, criterion, every, schedule.dtype, work_dir)
     with ExitStack() as stack:
         advance = stack.enter_context(progress_bar("Training", steps, "steps"))
-        watch = _Watch(advance, log_path)
+        watch = _Watch(advance, log_path, loss)
         trainer = start(steps, work_dir, [best, watch] if best else [watch])
         if checkpoint:
             note(f"Training goes on from {checkpoint.name}")
@@ -170,13 +172,18 @@ class LengthGroupedSampler(DefaultBatchSampler):
 class _Watch(TrainerCallback):
     """Progress, the log on disk, whole checkpoints, and a stop where the loss is lost."""
 
-    def __init__(self, advance: Callable[[int], None], log_path: Path) -> None:
-        self.advance, self.log_path = advance, log_path
+    def __init__(self, advance: Callable[[int], None], log_path: Path, loss: DistillationLoss) -> None:
+        self.advance, self.log_path, self.loss = advance, log_path, loss
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.advance(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.loss.progress = state.global_step / state.max_steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(1)
