@@ -1,5 +1,6 @@
 """What the README says is run, in its order, with a tiny teacher in place of the real one."""
 
+import functools
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from embedistill.wheels import WHEEL_MODELS, WheelModel
 ROOT = Path(__file__).parents[1]
 STUDENTS = (ROOT / "docs" / "students.md").read_text(encoding="utf-8")
 ENCODING = (ROOT / "docs" / "encoding.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEACHER = "sentence-transformers/all-mpnet-base-v2"
 
@@ -46,6 +48,19 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return int(stop.value.code or 0)
+
+
+def run_page(
+    page: str, tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
+    """Run the commands of a page with small numbers in place of its large ones; return what each printed."""
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    found = []
+    for line in block.strip().splitlines():
+        command = functools.reduce(lambda text, sizes: text.replace(*sizes), tiny.items(), line)
+        assert run_command(command, monkeypatch) == 0, capsys.readouterr().err
+        found.append(capsys.readouterr().out)
+    return found
 
 
 def test_the_readme_runs(
@@ -101,7 +116,7 @@ def test_the_page_on_encoding_runs(
 
 
 def test_commands_in_prose_exist() -> None:
-    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README + ENCODING + STUDENTS))
+    mentioned = set(re.findall(r"`embedistill ([a-z]+)", README + ENCODING + STUDENTS + TRAINING))
     assert mentioned
     assert mentioned <= {
         "run",
@@ -138,16 +153,9 @@ def test_the_page_on_students_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
-    (block,) = re.findall(r"```bash\n(.*?)```", STUDENTS, re.DOTALL)
     tiny = {"hidden_size: 312": "hidden_size: 16", "14.5M": "20K", "16_000": "240", "size: 256": "size: 16"}
     tiny |= {"sentence-transformers/all-MiniLM-L6-v2": str(teacher_dir)}
-    found = []
-    for line in block.strip().splitlines():
-        command = line
-        for large, small in tiny.items():
-            command = command.replace(large, small)
-        assert run_command(command, monkeypatch) == 0, capsys.readouterr().err
-        found.append(capsys.readouterr().out)
+    found = run_page(STUDENTS, tiny, monkeypatch, capsys)
     assert len(found) == 6
     assert all("of the teacher's latency: planned" in " ".join(out.split()) for out in found[1:4])
     runs = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/report.json")}
@@ -157,3 +165,22 @@ def test_the_page_on_students_runs(
         assert student["teacher"] == TEACHER
     layers = [model["layers"] for report in runs.values() for model in report["models"] if model["role"] == "student"]
     assert layers.count(None) == 1  # the static one
+
+
+def test_the_page_on_training_runs(
+    tmp_path: Path,
+    teacher_dir: Path,
+    corpus_file: Path,
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
+    assert len(run_page(TRAINING, {"384, 128": "16, 8"}, monkeypatch, capsys)) == 3
+    logs = [path.read_text() for path in tmp_path.glob("runs/*/training_log.jsonl")]
+    assert len(logs) == 3
+    named = set(re.findall(r"`(dev_(?!size|steps)\w+)`", TRAINING))
+    for log in logs:
+        entries = [json.loads(line) for line in log.splitlines()]
+        assert named <= set(next(entry for entry in entries if entry["step"] == 0))
+    assert any("similarity" in json.loads(log.splitlines()[-2]) for log in logs)
