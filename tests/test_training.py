@@ -269,7 +269,7 @@ def test_readings_by_hand() -> None:
     [
         (Reading(0.75, 0.9, 0.7, 90), None),
         (Reading(0.57, 0.9, 0.7, 90), None),
-        (Reading(0.55, 0.9, 0.7, 90), "diverged: cosine to the teacher 0.550, where 0.800 was at the start"),
+        (Reading(0.55, 0.9, 0.7, 90), "diverged: cosine to the teacher's 0.550, where 0.800 was at the start"),
         (Reading(0.75, 0.9, 0.19, 90), "collapsed, .*spread 0.19, where 0.9 was"),
         (Reading(0.75, 0.9, 0.7, 24), "collapsed, .*rank 24, where 100 was"),
         (Reading(math.nan, 0.9, 0.7, 90), "not finite"),
@@ -279,6 +279,12 @@ def test_a_lost_student_is_told_by_its_readings(now: Reading, fault: str | None)
     untrained, teacher = Reading(0.8, 0.9, 0.9, 100), Reading(1, 1, 0.8, 110)
     found = find_fault(now, untrained, teacher)
     assert found is None if fault is None else re.search(fault, str(found))
+
+
+def test_a_student_that_learns_similarities_alone_may_leave_the_teachers_space() -> None:
+    untrained, teacher = Reading(0.8, 0.9, 0.9, 100), Reading(1, 1, 0.8, 110)
+    assert find_fault(Reading(0.1, 0.9, 0.9, 100), untrained, teacher, "similarity") is None
+    assert "diverged: similarity" in str(find_fault(Reading(0.8, 0.5, 0.9, 100), untrained, teacher, "similarity"))
 
 
 @dataclass(frozen=True)

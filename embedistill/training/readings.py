@@ -23,7 +23,7 @@ from embedistill.progress import note
 Criterion = Literal["cosine", "similarity"]
 
 _COLLAPSED = 0.25  # of the spread or rank that the teacher or the untrained student has, whichever is less
-_DIVERGED = 0.7  # of the untrained student's cosine to its teacher
+_DIVERGED = 0.7  # of the untrained student's cosine, or similarity, to its teacher
 _PATIENCE = 2  # readings that find a student lost before it is given up
 
 
@@ -74,7 +74,7 @@ def measure(vectors: npt.NDArray[np.float32], targets: npt.NDArray[np.float32]) 
     )
 
 
-def find_fault(now: Reading, untrained: Reading, teacher: Reading) -> str | None:
+def find_fault(now: Reading, untrained: Reading, teacher: Reading, criterion: Criterion = "cosine") -> str | None:
     """Return what went wrong with a student, in words, with the figures that tell it; None: nothing."""
     if math.isnan(now.cosine):
         return "gives vectors that are not finite"
@@ -82,8 +82,10 @@ def find_fault(now: Reading, untrained: Reading, teacher: Reading) -> str | None
         value, least = getattr(now, name), _COLLAPSED * min(getattr(untrained, name), getattr(teacher, name))
         if value < least:
             return f"collapsed, {what}: {name} {value:.3g}, where {getattr(untrained, name):.3g} was at the start"
-    if now.cosine < _DIVERGED * untrained.cosine:
-        return f"diverged: cosine to the teacher {now.cosine:.3f}, where {untrained.cosine:.3f} was at the start"
+    value, least = getattr(now, criterion), _DIVERGED * getattr(untrained, criterion)
+    if value < least:
+        start = getattr(untrained, criterion)
+        return f"diverged: {criterion} to the teacher's {value:.3f}, where {start:.3f} was at the start"
     return None
 
 
@@ -143,7 +145,7 @@ class KeepBest(TrainerCallback):
     def _stop_if_lost(self, reading: Reading, state: TrainerState) -> None:
         first = next(entry for entry in state.log_history if "dev_cosine" in entry)
         untrained = Reading(**{name: first[f"dev_{name}"] for name in asdict(reading)})
-        fault = find_fault(reading, untrained, self._teacher)
+        fault = find_fault(reading, untrained, self._teacher, self.criterion)
         self._faults = self._faults + 1 if fault else 0
         if fault and (self._faults == _PATIENCE or state.global_step == state.max_steps):
             where, best = f"training, step {state.global_step}", read_json(self._described)
