@@ -361,4 +361,6 @@ def test_vectors_that_cannot_be_trained_on_are_left_out_and_said(
     assert done.report.corpus["vectors zero-norm"] == 2
     line = pipeline._Line(recipe, tmp_path / "run", tmp_path / "cache")
     for kind, texts in line.training_texts.items():
-        assert len(texts) == len(line.encoded_texts[kind]) - 2
+        watched = line.dev_texts[kind]
+        assert len(texts) + len(watched) == len(set(texts) | set(watched)) == len(line.encoded_texts[kind]) - 2
+    assert sum(len(texts) for texts in line.dev_texts.values()) == (2 * 128 - 4) // 20
