@@ -14,11 +14,12 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 
 from embedistill.architectures import read_config, with_sizes
-from embedistill.corpus.reading import Columns, describe_source, read_corpus
+from embedistill.corpus.reading import describe_source
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
 from embedistill.forecast import Forecast, choose_by_speed, forecast
+from embedistill.precomputation import read_records
 from embedistill.recipe import Recipe, ShapeSection, StudentSection
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, plan_transformer
 from embedistill.teacher import default_cache_dir, load, locate
@@ -53,7 +54,7 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     """
     if recipe.student.origin != "teacher" or recipe.teacher.api:
         raise UsageError("student.from", recipe.student.origin, "teacher: only what is cut out of it is planned")
-    describe_source(recipe.corpus.source)
+    describe_source(recipe.corpus.sources)
     located = locate(
         recipe.teacher.model, recipe.teacher.revision, models_dir=Path(cache_dir or default_cache_dir()) / "models"
     )
@@ -102,11 +103,10 @@ def plan_section(config: dict[str, Any], section: ShapeSection, where: str) -> T
 def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
     """Return how many texts a recipe encodes, and some of them, chosen at random."""
     section = recipe.corpus
-    columns = Columns(section.text_column, section.query_column, section.max_characters, section.bad_rows)
     rng = np.random.default_rng(recipe.seed)
     sample: list[str] = []
     count = queries = 0
-    for record in read_corpus(section.source, columns):
+    for record in read_records(section):
         if record is None or len(record.text) < section.min_characters:
             continue
         place = count if count < size else int(rng.integers(0, count + 1))
@@ -115,7 +115,7 @@ def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
         count += 1
         queries += bool(record.query)
     if not sample:
-        raise UsageError(section.source, "no text", "a corpus")
+        raise UsageError(", ".join(section.sources), "no text", "a corpus")
     share = min(1.0, (section.select.size or count) / count) * (1 - section.holdout)
     return round(share * (count + queries)), sample
 

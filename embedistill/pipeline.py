@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill import ranks
 from embedistill.architectures import Sizes, read_config, with_sizes
 from embedistill.corpus.preparation import prepare
-from embedistill.corpus.reading import Columns, describe_source, read_corpus
+from embedistill.corpus.reading import describe_source
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
@@ -39,9 +41,9 @@ from embedistill.evaluation.tasks import (
 from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
 from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
 from embedistill.outlook import plan_section, plan_student
-from embedistill.precomputation import encode_missing
+from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, dump_recipe
+from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Phase, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
@@ -61,8 +63,8 @@ from embedistill.teacher import (
     load,
     locate,
 )
-from embedistill.training.loop import Schedule, train
-from embedistill.training.objectives import Temperature, Term
+from embedistill.teaching import LIVE, Lessons, make_batching, make_loss, make_schedule
+from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
 _FIT_TEXTS = 5_000
@@ -102,10 +104,15 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         EmbedistillError: Something is wrong with the recipe's data, teacher or folder; it says what to do.
     """
     folder = Path(run_dir or Path("runs") / recipe.name)
+    cache = Path(cache_dir or default_cache_dir())
+    if ranks.rank() > 0:
+        for message in ranks.follow():
+            _Line(recipe, folder, cache).teach(**message)
+        return Run(folder, load_report(folder))
     with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE):
-        line = _Line(recipe, folder, Path(cache_dir or default_cache_dir()))
+        line = _Line(recipe, folder, cache)
         stages = line.stages
-        found = [describe_source(recipe.corpus.source), describe_tasks(line.task_names, line.data)]
+        found = [describe_source(recipe.corpus.sources), describe_tasks(line.task_names, line.data)]
         corpus = stages.run("corpus", line.read, found, ["corpus.parquet"])
         teacher = [line.located.weights_sha256, line.located.settings_sha256]
         encoded = stages.run("encode", line.encode, [corpus, *teacher], [TARGETS])
@@ -120,6 +127,7 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         stages.run("report", line.report, [scored], [REPORT, "report.html"])
         if recipe.search:
             stages.run("index", line.index, [trained], [INDEX])
+        ranks.announce(line.announced)
     return Run(folder, load_report(folder))
 
 
@@ -130,6 +138,7 @@ class _Line:
         self.recipe, self.folder, self.cache_dir = recipe, folder, cache_dir
         self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
         self.stages = Stages(folder, recipe.seed)
+        self.announced = 0
         if recipe.teacher.api:
             found = "a teacher behind an endpoint, whose weights a student cannot be cut out of"
             do = "its embeddings can be had: embedistill encode"
@@ -237,14 +246,18 @@ class _Line:
 
     def read(self) -> dict[str, Any]:
         section = self.recipe.corpus
-        columns = Columns(section.text_column, section.query_column, section.max_characters, section.bad_rows)
         splits, funnel = prepare(
-            read_corpus(section.source, columns),
+            read_records(section),
             min_characters=section.min_characters,
             size=section.select.size,
             holdout=section.holdout,
             seed=self.recipe.seed,
-            evaluation_texts={text for task in self.tasks for some in task.texts_by_kind.values() for text in some},
+            evaluation_texts={
+                text
+                for task in [*self.tasks, *self._dev_tasks]
+                for some in task.texts_by_kind.values()
+                for text in some
+            },
         )
         note(f"Corpus: {funnel}")
         save_corpus(self.folder / "corpus.parquet", splits)
@@ -357,37 +370,75 @@ class _Line:
 
     def _train(self, name: str, trained: str, share: float) -> None:
         """Train a model on the cache for a share of the time, and save it under another name."""
-        section = self.recipe.training
-        student = self._load(name)
-        projection = load_projection(self.folder / name)
         for kind, texts in self.training_texts.items():
             encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
-        targets = self.teacher.open_targets(self.training_texts)
-        warmth = section.temperature
-        settings = section.model_dump(exclude={"objectives", "temperature", "matryoshka", "dtype", "dev_size"})
-        settings["epochs"] = share * section.epochs
-        settings["minutes"] = share * section.minutes if section.minutes else None
-        train(
-            student,
-            _list_inputs(student, self.training_texts),
-            lambda batch: project(targets(batch), projection),
-            weights=cast(dict[Term, float], section.objectives.model_dump()),
-            temperature=Temperature(warmth.start, warmth.end or warmth.start, warmth.schedule),
-            prefixes=section.matryoshka,
-            schedule=Schedule(**settings, seed=self.recipe.seed, dtype=self._choose_dtype("student", section.dtype)),
-            work_dir=self.folder / "checkpoints" / self.stages.current[:12],
-            dev=self._open_dev(student, projection),
-            log_path=self.folder / ("training_log.jsonl" if trained == "model" else f"{trained}_log.jsonl"),
-        )
+        log = "training_log" if trained == "model" else f"{trained}_log"
+        task: dict[str, Any] = {"name": name, "share": share, "work": self.stages.current[:12], "log": log}
+        ranks.announce(self.announced, **task)
+        self.announced += 1
+        student = self.teach(**task)
         layers = read_json(self.folder / name / "embedistill.json")["layers"]
-        self._save(student, self.folder / trained, projection, layers)
+        self._save(student, self.folder / trained, load_projection(self.folder / name), layers)
         remove(self.folder / "checkpoints")
+
+    def teach(self, name: str, share: float, work: str, log: str) -> SentenceTransformer:
+        """Train a model in all phases of the recipe; the processes of torchrun do this together."""
+        student, described = self._load(name), read_json(self.folder / name / "embedistill.json")
+        projection = load_projection(self.folder / name)
+        dtype = self._choose_dtype("student", self.recipe.training.dtype)
+        for number, (on, part, section) in enumerate(self.recipe.training.phases):
+            lessons = self._list_lessons(student, projection, on)
+            live = load(self.located) if set(section.objectives.used) & set(LIVE) else None
+            train(
+                student,
+                lessons.inputs,
+                lessons.targets,
+                loss=make_loss(section, student, live, described["layers"]),
+                batching=make_batching(section, student, lessons, self.recipe.seed),
+                schedule=make_schedule(section, share * part, self.recipe.seed, dtype),
+                work_dir=self.folder / "checkpoints" / work / str(number),
+                log_path=self.folder / (f"{log}.jsonl" if number == 0 else f"{log}-{number}.jsonl"),
+                dev=self._open_dev(student, projection),
+                partners=lessons.partners[:, 0],
+            )
+        return student
+
+    def _list_lessons(self, student: SentenceTransformer, projection: Matrix | None, on: Phase) -> Lessons:
+        """Return the texts of a phase, as the student sees them, with what the teacher makes of them."""
+        texts = self.training_texts
+        queries = np.repeat([kind == "query" for kind in texts], [len(some) for some in texts.values()])
+        partners = _find_partners(self.corpus["train"], texts)
+        chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": partners[:, 0] >= 0}[on]
+        rows, inputs = np.flatnonzero(chosen), _list_inputs(student, texts)
+        if len(rows) < 2:
+            found, expected = f"{len(rows)} texts to train on", "corpus.query_column or corpus.pairs, which make some"
+            raise UsageError(f"training.then.on: {on}", found, expected)
+        moved = np.full(len(inputs) + 1, -1)
+        moved[rows] = np.arange(len(rows))
+        targets = self.teacher.open_targets(texts)
+        return Lessons(
+            inputs=[inputs[row] for row in rows],
+            queries=queries[rows],
+            targets=lambda batch: project(targets(rows[batch]), projection),
+            partners=moved[partners[rows]],
+        )
 
     def _open_dev(self, student: SentenceTransformer, projection: Matrix | None) -> Dev | None:
         if not any(self.dev_texts.values()):
             return None
         vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.dev_texts.items() if texts]
-        return Dev(_list_inputs(student, self.dev_texts), project(np.concatenate(vectors), projection))
+        inputs, score = _list_inputs(student, self.dev_texts), self._score if self._dev_tasks else None
+        return Dev(inputs, project(np.concatenate(vectors), projection), score)
+
+    @cached_property
+    def _dev_tasks(self) -> list[Task]:
+        """The task that a student in training is scored on, if there is one."""
+        name = self.recipe.training.dev_task
+        return [load_task(name, self.data)] if name else []
+
+    def _score(self, student: SentenceTransformer) -> float:
+        (result,) = score_model(self._dev_tasks, partial(encode, student), role="student", model="")
+        return next(iter(result.metrics.values()))
 
     def evaluate(self) -> dict[str, Any]:
         tasks = self._all_tasks()
@@ -491,11 +542,35 @@ def _list_inputs(model: SentenceTransformer, texts_by_kind: Mapping[Kind, Sequen
     return [find_prompt(model, kind) + text for kind, texts in texts_by_kind.items() for text in texts]
 
 
+def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]]) -> npt.NDArray[np.int64]:
+    """Return the rows of each text's positive and negative, shape (n_texts, 2); -1: it has none.
+
+    Rows count through the texts of all kinds in turn. The positive of a query is its document, that of a document the
+    first of its queries.
+    """
+    starts = np.cumsum([0, *(len(some) for some in texts.values())]).tolist()
+    rows = {
+        (kind, text): start + number
+        for (kind, some), start in zip(texts.items(), starts, strict=False)
+        for number, text in enumerate(some)
+    }
+    partners = np.full((starts[-1], 2), -1)
+    for record in records:
+        query, document = rows.get(("query", record.query or "")), rows.get(("document", record.document))
+        if query is not None and document is not None:
+            partners[query] = document, rows.get(("document", record.negative or ""), -1)
+            if partners[document, 0] < 0:
+                partners[document, 0] = query
+    return partners
+
+
 def _texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:
     """Return the distinct texts of records by what they are; kinds that have none are left out."""
     texts: dict[Kind, dict[str, None]] = {"document": {}, "query": {}}
     for record in records:
         texts["document"][record.document] = None
+        if record.negative:
+            texts["document"][record.negative] = None
         if record.query:
             texts["query"][record.query] = None
     return {kind: list(some) for kind, some in texts.items() if some}

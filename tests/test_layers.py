@@ -8,6 +8,7 @@ ORDER = [
     "errors",
     "files",
     "progress",
+    "ranks",
     "recipe",
     "hub",
     "architectures",
@@ -26,6 +27,7 @@ ORDER = [
     "precomputation",
     "outlook",
     "judgement",
+    "teaching",
     "pipeline",
     "cli",
 ]
@@ -53,4 +55,4 @@ def test_only_the_pipeline_and_the_command_line_know_a_recipe() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "embedistill.recipe"
     }
-    assert knowing - {"__init__"} == {"precomputation", "outlook", "pipeline", "cli"}
+    assert knowing - {"__init__"} == {"precomputation", "outlook", "teaching", "pipeline", "cli"}

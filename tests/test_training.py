@@ -18,14 +18,26 @@ from embedistill.errors import EmbedistillError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
 from embedistill.training import loop
-from embedistill.training.loop import LengthGroupedSampler, Schedule, train
+from embedistill.training.batches import (
+    Batching,
+    LengthGroupedSampler,
+    TargetCollator,
+    find_neighbours,
+    shorten,
+    spread_from_centres,
+)
+from embedistill.training.internals import Internals, relation_divergence, states_distance
+from embedistill.training.loop import Schedule, train
 from embedistill.training.objectives import (
+    Course,
     DistillationLoss,
-    Temperature,
     contrast,
+    contrast_pairs,
     matrix_distance,
+    ranking_distance,
     similarity_divergence,
 )
+from embedistill.training.packed import without_padding
 from embedistill.training.readings import Dev, Reading, find_fault, measure
 
 
@@ -58,12 +70,20 @@ class Echo(torch.nn.Module):
         return {"sentence_embedding": features["x"]}
 
 
+def weigh(**weights: float) -> dict[str, Course]:
+    return {term: Course(weight, weight) for term, weight in weights.items()}
+
+
+def label(teacher: torch.Tensor, *positives: int) -> dict[str, torch.Tensor]:
+    return {"vectors": teacher, "positives": torch.tensor(positives or [-1] * len(teacher))}
+
+
 def test_the_loss_is_its_weighted_terms() -> None:
     student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
-    constant = Temperature(0.1, 0.1)
-    terms = DistillationLoss(Echo(), {"embedding": 2.0, "similarity": 0.0}, constant)([{"x": student}], teacher)
+    constant = Course(0.1, 0.1)
+    terms = DistillationLoss(Echo(), weigh(embedding=2, similarity=0), constant)([{"x": student}], label(teacher))
     assert {name: value.item() for name, value in terms.items()} == {"embedding": pytest.approx(2 * 0.4 / 2)}
-    both = DistillationLoss(Echo(), {"embedding": 1.0, "similarity": 3.0}, constant)([{"x": student}], teacher)
+    both = DistillationLoss(Echo(), weigh(embedding=1, similarity=3), constant)([{"x": student}], label(teacher))
     assert both["similarity"].item() == pytest.approx(3 * similarity_divergence(student, teacher, 0.1).item())
 
 
@@ -88,28 +108,28 @@ def test_contrast_by_hand() -> None:
 def test_spread_by_hand() -> None:
     """One pair of cosine .6 in two dimensions: its mean squared, and nothing, .36 being less than 1/2, for the rest."""
     student = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    loss = DistillationLoss(Echo(), {"embedding": 1.0, "spread": 2.0}, Temperature(0.1, 0.1))
-    assert loss([{"x": student}], student)["spread"].item() == pytest.approx(2 * 0.6**2)
+    loss = DistillationLoss(Echo(), weigh(embedding=1, spread=2), Course(0.1, 0.1))
+    assert loss([{"x": student}], label(student))["spread"].item() == pytest.approx(2 * 0.6**2)
 
 
 def test_prefixes_are_vectors_of_their_own() -> None:
     """Of (3, 4, 0) and (4, 3, 12) the first two dimensions have a cosine of .96, the first alone of 1."""
     student, teacher = torch.tensor([[3.0, 4.0, 0.0]]), torch.tensor([[4.0, 3.0, 12.0]])
-    loss = DistillationLoss(Echo(), {"embedding": 1.0}, Temperature(0.1, 0.1), prefixes=[1, 2, 3])
+    loss = DistillationLoss(Echo(), weigh(embedding=1), Course(0.1, 0.1), prefixes=[1, 2, 3])
     expected = (0 + (1 - 0.96) + (1 - 24 / 65)) / 3
-    assert loss([{"x": student}], teacher)["embedding"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss([{"x": student}], label(teacher))["embedding"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_temperatures_go_from_start_to_end() -> None:
-    assert [Temperature(0.1, 0.02, "linear").at(share) for share in (0, 0.5, 1)] == pytest.approx([0.1, 0.06, 0.02])
-    cosine = Temperature(0.1, 0.02, "cosine")
+    assert [Course(0.1, 0.02, "linear").at(share) for share in (0, 0.5, 1)] == pytest.approx([0.1, 0.06, 0.02])
+    cosine = Course(0.1, 0.02, "cosine")
     assert [cosine.at(share) for share in (0, 0.25, 1)] == pytest.approx([0.1, 0.1 - 0.08 * (1 - 0.5**0.5) / 2, 0.02])
 
 
 def test_training_takes_the_temperature_along(setting: SimpleNamespace, tmp_path: Path) -> None:
     seen: list[float] = []
 
-    class Seen(Temperature):
+    class Seen(Course):
         def at(self, progress: float) -> float:
             seen.append(progress)
             return super().at(progress)
@@ -118,23 +138,227 @@ def test_training_takes_the_temperature_along(setting: SimpleNamespace, tmp_path
     assert sorted(set(seen)) == [0, 0.25, 0.5, 0.75]
 
 
-def test_batches_hold_every_text_once_and_texts_of_like_length() -> None:
+def sampler(texts: list[str], *, steps: int, **batching: object) -> LengthGroupedSampler:
+    lengths = np.array([len(text) for text in texts], np.float32)
+    given = Batching(**{"size": 16, "seed": 1, **batching})
+    dataset = Dataset.from_dict({"text": texts})
+    return LengthGroupedSampler(dataset, lengths=lengths, batching=given, steps=steps, batch_size=16, drop_last=False)
+
+
+def test_batches_hold_every_text_once_an_epoch_and_texts_of_like_length() -> None:
     texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 500, 1000)]
-    sampler = LengthGroupedSampler(Dataset.from_dict({"text": texts}), batch_size=16, drop_last=False, seed=1)
-    batches = list(sampler)
-    assert sorted(row for batch in batches for row in batch) == list(range(1000))
-    assert len(batches) == len(sampler) == 63
+    made = sampler(texts, steps=126)
+    batches = list(made)
+    assert len(batches) == len(made) == 126
+    for epoch in (batches[:63], batches[63:]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(1000))
+    assert batches[:63] != batches[63:]
     spread = [max(len(texts[i]) for i in batch) - min(len(texts[i]) for i in batch) for batch in batches]
     assert np.median(spread) < 50
-    assert batches == list(sampler)
-    sampler.set_epoch(1)
-    assert batches != list(sampler)
+    assert batches == list(made)
+
+
+def test_a_batch_has_no_more_tokens_than_asked_for() -> None:
+    texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 500, 1000)]
+    batches = list(sampler(texts, steps=300, tokens=1000, size=64))
+    tokens = [sum(len(texts[row]) for row in batch) for batch in batches]
+    assert max(tokens) <= 1000
+    assert max(map(len, batches)) <= 64
+    assert np.mean(tokens) > 700
+
+
+def test_batches_are_cut_into_parts_of_the_same_size() -> None:
+    texts = ["x" * (1 + number % 7) for number in range(90)]
+    whole, parts = list(sampler(texts, steps=6)), list(sampler(texts, steps=6, parts=2))
+    assert len(parts) == 12
+    for number, batch in enumerate(whole):
+        first, second = parts[2 * number : 2 * number + 2]
+        assert len(first) == len(second)
+        assert sorted(first + second) == sorted(batch)
+
+
+def test_companions_are_in_the_batch_of_their_text() -> None:
+    texts = ["x" * (1 + number % 7) for number in range(64)]
+    companions = np.array([[(number + 1) % 64, -1] for number in range(64)])
+    for batch in sampler(texts, steps=8, companions=companions):
+        assert len(batch) == len(set(batch)) <= 16
+        assert all((row + 1) % 64 in batch for row in batch[:8])
+    drawn = list(sampler(texts, steps=8, companions=np.tile(np.arange(64), (64, 1)), drawn=1))
+    assert all(8 <= len(batch) <= 16 for batch in drawn)
+
+
+def test_a_curriculum_starts_with_what_is_easy() -> None:
+    texts = [str(number) for number in range(1000)]
+    difficulty = np.arange(1000, dtype=np.float32)[::-1].copy()  # the last is the easiest
+    batches = list(sampler(texts, steps=400, difficulty=difficulty))
+    assert min(row for batch in batches[:12] for row in batch) >= 800
+    assert min(row for batch in batches[-32:] for row in batch) < 50
+
+
+def test_neighbours_by_hand() -> None:
+    angles = np.radians([0, 10, 25, 90])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    assert find_neighbours(vectors, 2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    assert find_neighbours(np.ones((3, 2), np.float32), 2).shape == (3, 2)
+
+
+def test_shortened_vectors_keep_their_similarities() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(500, 20)) @ random.normal(size=(20, 300))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    short = shorten(lambda rows: vectors[rows], 500)
+    assert short.shape == (500, 128)
+    np.testing.assert_allclose(short @ short.T, vectors @ vectors.T, atol=1e-3)
+
+
+def test_what_is_far_from_every_centre_is_difficult() -> None:
+    """Of eight texts, at 0, 75 and 90 degrees, in two clusters, the one at 75 is the farthest from its centre."""
+    angles = np.radians([0, 0, 0, 0, 90, 90, 90, 75])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    far = spread_from_centres(vectors)
+    assert far.argmax() == 7
+    np.testing.assert_allclose(far[:4], 0, atol=1e-6)
+
+
+def test_collated_labels_are_vectors_and_places_of_positives(setting: SimpleNamespace) -> None:
+    partners = np.full(len(setting.texts), -1)
+    partners[[3, 7]] = 7, 3
+    collator = TargetCollator(setting.make_student().preprocess, targets=setting.targets, partners=partners)
+    batch = collator([{"text": setting.texts[row], "label": row} for row in (5, 7, 3)])
+    np.testing.assert_array_equal(batch["label"]["vectors"].numpy(), setting.vectors[[5, 7, 3]])
+    assert batch["label"]["positives"].tolist() == [-1, 2, 1]
+
+
+def test_ranking_by_hand() -> None:
+    """Texts at 0, 30 and 90 degrees; the student has the second at 60: only text 1 has its neighbours swapped."""
+
+    def at(*degrees: float) -> torch.Tensor:
+        angles = torch.deg2rad(torch.tensor(degrees))
+        return torch.stack([angles.cos(), angles.sin()], 1)
+
+    cos = {angle: math.cos(math.radians(angle)) for angle in (0, 30, 60, 90)}
+    first = (cos[30] - cos[90]) - (cos[60] - cos[90])  # of 0: 30 nearer than 90; the margin shrinks
+    second = (cos[30] - cos[60]) - (cos[60] - cos[30])  # of 30: 0 nearer than 90; turned round
+    third = 0.0  # of 90: 30 nearer than 0; the margin grows
+    found = ranking_distance(at(0, 60, 90), at(0, 30, 90)).item()
+    assert found == pytest.approx((first + second + third) / 3, rel=1e-5)
+    assert ranking_distance(at(0, 30, 90), at(0, 30, 90)).item() == pytest.approx(0, abs=1e-6)
+    assert ranking_distance(at(0, 30), at(0, 90)).item() == 0
+
+
+def test_contrast_of_pairs_by_hand_masks_false_negatives() -> None:
+    """Text 0 has text 1 as its positive; the teacher finds text 2 as near, and text 3 not."""
+    teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.0, 1.0]])
+    student = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    found = contrast_pairs(student, teacher, torch.tensor([1, -1, -1, -1]), 0.5).item()
+    assert found == pytest.approx(-math.log(math.exp(0.6 / 0.5) / (math.exp(0.6 / 0.5) + math.exp(0))), rel=1e-5)
+    assert contrast_pairs(student, teacher, torch.tensor([-1] * 4), 0.5).item() == 0
+
+
+def test_a_learned_temperature_is_learned_and_stays_in_its_bounds() -> None:
+    student, teacher = torch.tensor([[0.6, 0.8], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss = DistillationLoss(Echo(), weigh(contrastive=1), None)
+    assert loss.temperature.item() == pytest.approx(0.05)  # type: ignore[union-attr]
+    loss([{"x": student}], label(teacher))["contrastive"].backward()
+    assert loss.log_scale.grad is not None
+    with torch.no_grad():
+        loss.log_scale.fill_(10)
+    assert loss.temperature.item() == pytest.approx(0.01)  # type: ignore[union-attr]
+    assert set(loss.own_state()) == {"log_scale"}
+
+
+def test_weights_follow_their_course() -> None:
+    student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+    loss = DistillationLoss(Echo(), {"embedding": Course(0, 2, "linear")}, Course(0.1, 0.1))
+    values = []
+    for loss.progress in (0, 0.5, 1):
+        values.append(loss([{"x": student}], label(teacher))["embedding"].item())
+    assert values == pytest.approx([0, 0.4, 0.8])
+
+
+def test_balanced_terms_have_gradients_in_the_ratio_of_their_weights() -> None:
+    class Turned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(3))
+
+        def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"sentence_embedding": features["x"] @ self.weight}
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 3), torch.nn.functional.normalize(torch.randn(6, 3), dim=1)
+    model = Turned()
+    loss = DistillationLoss(model, weigh(embedding=1, similarity=3), Course(0.05, 0.05), balance=True)
+    terms = loss([{"x": student}], label(teacher))
+    norms = [torch.autograd.grad(term, model.weight, retain_graph=True)[0].norm().item() for term in terms.values()]
+    assert norms == pytest.approx([1, 3], rel=1e-4)
+    assert set(loss.own_state()) == {"norms", "calls"}
+
+
+def test_missed_variance_by_hand() -> None:
+    teacher = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # a variance of 2 in all
+    assert states_distance(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), teacher).item() == pytest.approx(0.5)
+    assert states_distance(teacher, teacher).item() == 0
+
+
+def test_relations_by_hand_leave_out_padding() -> None:
+    """Two tokens of one dimension and padding; each softmax is a logistic."""
+    teacher, student = torch.tensor([[[1.0], [2.0], [9.0]]]), torch.tensor([[[1.0], [0.0], [5.0]]])
+    mask = torch.tensor([[True, True, False]])
+
+    def row(first: float, second: float) -> list[float]:
+        p = 1 / (1 + math.exp(second - first))
+        return [p, 1 - p]
+
+    rows = [(row(1, 2), row(1, 0)), (row(2, 4), row(0, 0))]
+    expected = sum(p * math.log(p / q) for ps, qs in rows for p, q in zip(ps, qs, strict=True)) / 2
+    assert relation_divergence(student, teacher, mask, 1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_insides_are_followed_and_nothing_of_it_stays_in_the_student(
+    setting: SimpleNamespace, mpnet_dir: Path, tmp_path: Path
+) -> None:
+    teacher, student = SentenceTransformer(str(mpnet_dir), device="cpu"), setting.make_student()
+    internals = Internals(student, teacher, [(0, 0), (1, 3)], relation_heads=4)
+    loss = DistillationLoss(student, weigh(embedding=1, layers=1, attention=100), Course(0.1, 0.1), internals=internals)
+    trained = run(setting, tmp_path, student=student, loss=loss)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    terms = [entry for entry in log if "layers" in entry]
+    assert terms[-1]["layers"] < terms[0]["layers"]
+    assert terms[-1]["attention"] < terms[0]["attention"]
+    assert set(trained.state_dict()) == set(setting.make_student().state_dict())
+    kept = sorted((tmp_path / "checkpoints").glob("checkpoint-*/loss.safetensors"))
+    assert set(load_file(kept[-1])) == {"internals.maps.0.weight", "internals.maps.1.weight"}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
+    teacher_dir: Path, mpnet_dir: Path, sentences: list[str], architecture: str
+) -> None:
+    model = SentenceTransformer(str({"bert": teacher_dir, "mpnet": mpnet_dir}[architecture]), device="cpu").eval()
+    features = model.preprocess([sentences[0], sentences[1] * 3, "ship", sentences[2]])
+    weights = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+
+    def run_it() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        found = model(dict(features))["sentence_embedding"]
+        (found * weights).sum().backward()
+        grads = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        return found.detach(), grads
+
+    vectors, grads = run_it()
+    with without_padding(model, torch.float32):
+        packed_vectors, packed_grads = run_it()
+    torch.testing.assert_close(packed_vectors, vectors, atol=1e-5, rtol=1e-5)
+    assert set(packed_grads) == set(grads)
+    for name, grad in grads.items():
+        torch.testing.assert_close(packed_grads[name], grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(run_it()[0], vectors)
 
 
 SCHEDULE = Schedule(
     epochs=2,
     minutes=None,
-    batch_size=16,
     learning_rate=1e-3,
     warmup=0.1,
     weight_decay=0.01,
@@ -158,17 +382,19 @@ def setting(mpnet_dir: Path, sentences: list[str]) -> SimpleNamespace:
 
 
 def run(setting: SimpleNamespace, folder: Path, **changes: object) -> SentenceTransformer:
+    student = changes.pop("student", None) or setting.make_student()
+    temperature = changes.pop("temperature", Course(0.1, 0.1))
     options = {
         "targets": setting.targets,
-        "weights": {"embedding": 1.0, "similarity": 1.0},
-        "temperature": Temperature(0.1, 0.1),
+        "loss": DistillationLoss(student, weigh(embedding=1, similarity=1), temperature),
+        "batching": Batching(16, seed=1),
         "schedule": SCHEDULE,
         "work_dir": folder / "checkpoints",
         "log_path": folder / "log.jsonl",
         **changes,
     }
     targets = options.pop("targets")
-    return train(setting.make_student(), setting.texts, targets, **options)  # type: ignore[arg-type]
+    return train(student, setting.texts, targets, **options)  # type: ignore[arg-type]
 
 
 def agreement(model: SentenceTransformer, setting: SimpleNamespace) -> float:
@@ -303,7 +529,7 @@ class Scripted(Dev):
 def test_the_best_weights_are_kept_not_the_last(
     setting: SimpleNamespace, tmp_path: Path, cosines: list[float], best: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines)
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=cosines)
     student = run(setting, tmp_path, schedule=replace(SCHEDULE, dev_steps=10), dev=dev)
     assert len(dev.seen) == 4
     for name, value in student.state_dict().items():
@@ -317,7 +543,7 @@ def test_the_best_weights_are_kept_not_the_last(
 def test_a_student_that_is_lost_stops_the_run_and_leaves_the_best_weights(
     setting: SimpleNamespace, tmp_path: Path
 ) -> None:
-    dev = Scripted(setting.texts[:20], setting.vectors[:20], [0.5, 0.6, 0.3, 0.55, 0.3, 0.2])
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=[0.5, 0.6, 0.3, 0.55, 0.3, 0.2])
     with pytest.raises(EmbedistillError, match=r"step 25: the student diverged.*lower .*learning_rate.*of step 5"):
         run(setting, tmp_path, schedule=replace(SCHEDULE, dev_steps=5), dev=dev)
     weights = load_file(tmp_path / "checkpoints" / "best.safetensors")
@@ -329,3 +555,57 @@ def test_a_learning_rate_far_too_high_is_found_out(setting: SimpleNamespace, tmp
     dev = Dev(setting.texts[:60], setting.vectors[:60])
     with pytest.raises(EmbedistillError, match=r"the student (collapsed|diverged).*lower training\.learning_rate"):
         run(setting, tmp_path, schedule=replace(SCHEDULE, learning_rate=1.0), dev=dev)
+
+
+def test_out_of_memory_halves_the_batches_and_goes_on(
+    setting: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest: list[int] = []
+
+    def scarce(rows: np.ndarray) -> np.ndarray:
+        largest.append(len(rows))
+        if len(rows) > 8 and len(largest) > 12:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return setting.vectors[rows]
+
+    student = setting.make_student()
+    before = agreement(student, setting)
+    loss = DistillationLoss(student, weigh(embedding=1), Course(0.1, 0.1))
+    trained = run(setting, tmp_path, student=student, loss=loss, targets=scarce)
+    assert "Out of memory: batches of 16 come in 2 parts" in capsys.readouterr().err
+    assert json.loads((tmp_path / "checkpoints" / "plan.json").read_text()) == {"halvings": 1, "steps": 30}
+    assert agreement(trained, setting) > before
+    assert max(largest[14:]) <= 8
+
+
+def test_too_little_memory_for_four_texts_is_an_error(setting: SimpleNamespace, tmp_path: Path) -> None:
+    def none(rows: np.ndarray) -> np.ndarray:
+        raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    with pytest.raises(EmbedistillError, match="4 texts a batch, and out of memory; use shorter texts"):
+        run(setting, tmp_path, targets=none)
+
+
+def test_halved_batches_give_what_whole_ones_do(setting: SimpleNamespace, tmp_path: Path) -> None:
+    """Where a term is a mean over texts: two parts of the same size, their gradients added up."""
+    students = []
+    for folder, halvings in (("whole", 0), ("halved", 1)):
+        (tmp_path / folder / "checkpoints").mkdir(parents=True)
+        (tmp_path / folder / "checkpoints" / "plan.json").write_text(json.dumps({"halvings": halvings, "steps": 20}))
+        student = setting.make_student()
+        loss = DistillationLoss(student, weigh(embedding=1), Course(0.1, 0.1))
+        students.append(run(setting, tmp_path / folder, student=student, loss=loss))
+    first, second = (student.encode(setting.texts) for student in students)
+    np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+def test_the_mean_of_checkpoints_is_kept_where_it_is_better(
+    setting: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=[0.5, 0.6, 0.7, 0.7, 0.8])
+    schedule = replace(SCHEDULE, dev_steps=10, average=2)
+    student = run(setting, tmp_path, schedule=schedule, dev=dev)
+    assert "Kept: the mean weights of 2 checkpoints" in capsys.readouterr().err
+    for name, value in student.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (dev.seen[2][name] + dev.seen[3][name]) / 2)

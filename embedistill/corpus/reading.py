@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,22 +27,28 @@ Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and its columns."""
 
 
+PAIR_COLUMNS = ("anchor", "positive", "negative")
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns of a source are read, and what becomes of a bad row."""
 
     text: str = "text"
     query: str | None = None
+    negative: str | None = None
     max_characters: int = 100_000
     bad_rows: Literal["error", "skip"] = "error"
 
 
-def describe_source(source: str) -> list[Any]:
+def describe_source(source: str | Sequence[str]) -> list[Any]:
     """Return what changes when the content of a source does: files with size and time, packages with version.
 
     Raises:
         UsageError: The source does not exist or is of no known kind.
     """
+    if not isinstance(source, str):
+        return [describe_source(one) for one in source]
     kind, _, name = source.partition(":")
     match kind:
         case "docstrings":
@@ -54,18 +60,22 @@ def describe_source(source: str) -> list[Any]:
             return [[str(file), status.st_size, status.st_mtime_ns] for file, status in files]
 
 
-def read_corpus(source: str, columns: Columns) -> Iterator[Record | None]:
+def read_corpus(source: str | Sequence[str], columns: Columns) -> Iterator[Record | None]:
     """Yield the records of a source, in its order; None stands for a bad row that is skipped.
 
     Args:
         source: A .txt, .csv, .jsonl or .parquet file (.gz too), a folder of them, hf:org/dataset[:config][:split], or
-            docstrings:[package,package].
+            docstrings:[package,package]; or several of these.
         columns: Which columns to read.
 
     Raises:
         UsageError: A file that cannot be read as what its name says, a missing column, or a bad row.
         EmbedistillError: The Hub does not answer.
     """
+    if not isinstance(source, str):
+        for one in source:
+            yield from read_corpus(one, columns)
+        return
     kind, _, name = source.partition(":")
     match kind:
         case "docstrings":
@@ -87,16 +97,33 @@ def _names(text: str) -> list[str]:
 
 def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[Record | None]:
     for where, row in rows:
-        problem = _problem(where, row, columns.text, columns.max_characters)
-        if columns.query and not problem:
-            problem = _problem(where, row, columns.query, columns.max_characters)
+        read = [column for column in (columns.text, columns.query, columns.negative) if column]
+        found = (_problem(where, row, column, columns.max_characters) for column in read)
+        problem = next((one for one in found if one), None)
         if problem and columns.bad_rows == "error":
             raise problem
         if problem:
             yield None
         else:
-            query = row[columns.query].strip() if columns.query else None
-            yield Record(row[columns.text].strip(), str(row.get("source") or source), query or None)
+            text, query, negative = (
+                row[column].strip() if column else None for column in (columns.text, columns.query, columns.negative)
+            )
+            yield Record(str(text), str(row.get("source") or source), query or None, negative or None)
+
+
+def read_pairs(path: Path, *, max_characters: int, bad_rows: Literal["error", "skip"]) -> Iterator[Record | None]:
+    """Yield a record for each pair of a file: its positive is the text, its anchor the query; as `read_corpus`.
+
+    Args:
+        path: With the columns anchor and positive, and negative where there are negatives.
+        max_characters: A longer text is a bad row.
+        bad_rows: What becomes of one.
+    """
+    anchor, positive, negative = PAIR_COLUMNS
+    for file in _list_files(path):
+        first = next(iter(_file_rows(file)), ("", {}))[1]
+        columns = Columns(positive, anchor, negative if negative in first else None, max_characters, bad_rows)
+        yield from _to_records(_file_rows(file), columns, file.name.split(".")[0])
 
 
 def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: int) -> UsageError | None:

@@ -16,11 +16,12 @@ Split = Literal["train", "holdout"]
 
 @dataclass(frozen=True)
 class Record:
-    """One text to search for, where it came from, and a short text (title, question) that should find it."""
+    """One text to search for, where it came from, a short text that should find it, and a text that it should not."""
 
     text: str
     source: str = ""
     query: str | None = None
+    negative: str | None = None
 
     @property
     def document(self) -> str:
@@ -29,18 +30,19 @@ class Record:
 
     @property
     def texts(self) -> list[str]:
-        """What a teacher encodes of it: the document, and the query where there is one."""
-        return [self.document, self.query] if self.query else [self.document]
+        """What a teacher encodes of it: the document, and query and negative where there are such."""
+        return [text for text in (self.document, self.query, self.negative) if text]
 
 
 def save_corpus(path: Path, splits: dict[Split, list[Record]]) -> None:
-    """Write records to one parquet file with the columns text, source, query, split."""
+    """Write records to one parquet file with the columns text, source, query, negative, split."""
     rows = [(record, split) for split, records in splits.items() for record in records]
     table = pa.table(
         {
             "text": pa.array([record.text for record, _ in rows], pa.string()),
             "source": pa.array([record.source for record, _ in rows], pa.string()),
             "query": pa.array([record.query for record, _ in rows], pa.string()),
+            "negative": pa.array([record.negative for record, _ in rows], pa.string()),
             "split": pa.array([split for _, split in rows], pa.string()),
         }
     )

@@ -10,6 +10,7 @@ a small part of the work, and a few texts need it: rounding MPNet's position bia
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class PackedBody:
         Args:
             texts: The token ids of each text, shape (n_tokens,); sorted by length, so that the runs are long.
         """
-        groups = group(texts)
+        groups = group([len(text) for text in texts])
         hidden = self.embed(texts)
         for number in range(len(self.layers)):
             hidden = self.feed(number, self.mix(number, hidden, groups))
@@ -87,11 +88,11 @@ def find_padding(model: Any) -> int | None:
 
 
 def positions_of(ids: Tensor, padding: int | None) -> Tensor:
-    """Return a text's positions: from 0, or, as in RoBERTa, from behind the padding id."""
+    """Return the positions of a text, or of texts in rows: from 0, or, as in RoBERTa, from behind the padding id."""
     if padding is None:
-        return torch.arange(len(ids))
+        return torch.arange(ids.shape[-1])
     real = (ids != padding).long()
-    return real.cumsum(0) * real + padding
+    return real.cumsum(-1) * real + padding
 
 
 def _position_bias(model: Any) -> Tensor | None:
@@ -181,16 +182,13 @@ def _read_layer(layer: Any, names: Architecture, dtype: torch.dtype) -> _Layer:
     )
 
 
-def group(texts: Sequence[Tensor]) -> list[Group]:
+def group(lengths: Sequence[int]) -> list[Group]:
     """Return the runs of texts of equal length."""
-    found = []
-    row = start = 0
-    for number in range(1, len(texts) + 1):
-        if number == len(texts) or len(texts[number]) != len(texts[start]):
-            length = len(texts[start])
-            found.append((row, number - start, length))
-            row += (number - start) * length
-            start = number
+    found, row = [], 0
+    for length, run in itertools.groupby(lengths):
+        n_texts = len(list(run))
+        found.append((row, n_texts, length))
+        row += n_texts * length
     return found
 
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from embedistill.errors import RecipeError, UsageError
 from embedistill.recipe.notation import Dumper, Location, apply_override, read_yaml
-from embedistill.recipe.sections import Recipe
+from embedistill.recipe.sections import CourseSection, Recipe
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"
 RECIPES = _SHIPPED if _SHIPPED.is_dir() else _SHIPPED.parents[1] / "recipes"  # in a wheel, or in a checkout
@@ -94,11 +94,12 @@ def list_settings(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterat
     """Yield every setting a recipe may have, with default and description."""
     for name, field in _fields_of(section).items():
         inner = _section_of(field)
-        if inner:
+        if inner and inner is not CourseSection:
             yield from list_settings(inner, f"{prefix}{name}.")
-        else:
-            default = "required" if field.is_required() else str(field.default)
-            yield Setting(prefix + name, default, field.description or "")
+            continue
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        shown = default.start if isinstance(default, CourseSection) else default
+        yield Setting(prefix + name, str(shown), field.description or "")
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -155,13 +156,14 @@ def _suggest(name: str, names: list[str]) -> str:
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    source, data, store = recipe.corpus.source, recipe.evaluation.data, recipe.encoding.store
-    if not source.startswith(REMOTE_SOURCES):
-        source = str(Path(source).expanduser().absolute())
+    data, store = recipe.evaluation.data, recipe.encoding.store
+    given = recipe.corpus.source
+    source = _absolute_source(given) if isinstance(given, str) else [_absolute_source(one) for one in given]
     if store is not None and "://" not in store:
         store = str(Path(store).expanduser().absolute())
     if data is not None:
         data = str(Path(data).expanduser().absolute())
+    pairs = str(Path(recipe.corpus.pairs).expanduser().absolute()) if recipe.corpus.pairs else None
     model, origin, *baselines = (
         str(Path(name).expanduser().absolute())
         if Path(name).expanduser().is_dir() and not (recipe.teacher.api and name == recipe.teacher.model)
@@ -173,9 +175,13 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "teacher": recipe.teacher.model_copy(update={"model": model}),
-            "corpus": recipe.corpus.model_copy(update={"source": source}),
+            "corpus": recipe.corpus.model_copy(update={"source": source, "pairs": pairs}),
             "student": recipe.student.model_copy(update={"origin": origin}),
             "encoding": recipe.encoding.model_copy(update={"store": store}),
             "evaluation": recipe.evaluation.model_copy(update={"data": data, "baselines": baselines}),
         }
     )
+
+
+def _absolute_source(source: str) -> str:
+    return source if source.startswith(REMOTE_SOURCES) else str(Path(source).expanduser().absolute())

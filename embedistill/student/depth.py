@@ -63,7 +63,7 @@ class _Packed:
         self._pooling: Any = teacher[1]
         self._body = PackedBody(teacher[0].model, torch.bfloat16)
         ids, self._order = _tokenize(teacher, texts)
-        self._groups = group(ids)
+        self._groups = group([len(text) for text in ids])
         with torch.inference_mode():
             self._states: dict[tuple[int, ...], Tensor] = {(): self._body.embed(ids)}
             self._bridges = _Bridges(self._body, _tokenize(teacher, bridged_on)[0]) if bridged_on else None
@@ -89,7 +89,7 @@ class _Bridges:
     """Least-squares maps between what layers of a model read."""
 
     def __init__(self, body: PackedBody, ids: list[Tensor]) -> None:
-        groups = group(ids)
+        groups = group([len(text) for text in ids])
         states = [body.embed(ids)]
         for number in range(len(body.layers)):
             states.append(body.feed(number, body.mix(number, states[-1], groups)))

@@ -115,7 +115,7 @@ def _batches(ids: Sequence[Tensor]) -> Iterator[Tensor]:
     """Yield the ids of texts of equal length, shape (n_texts, n_tokens), so that nothing is padding."""
     ordered = sorted(ids, key=len)
     start = 0
-    for _, n_texts, _ in group(ordered):
+    for _, n_texts, _ in group([len(text) for text in ordered]):
         for first in range(start, start + n_texts, _BATCH):
             yield torch.stack(ordered[first : min(first + _BATCH, start + n_texts)])
         start += n_texts

@@ -403,7 +403,7 @@ def _cut(ids: Sequence[Tensor]) -> list[_Chunk]:
     for numbers in cut_batches([len(text) for text in ids], _CHUNK, padded=False):
         texts = [ids[number] for number in numbers]
         rows = slice(row, row + sum(len(text) for text in texts))
-        chunks.append(_Chunk(texts, rows, group(texts)))
+        chunks.append(_Chunk(texts, rows, group([len(text) for text in texts])))
         row = rows.stop
     return chunks
 

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
+from safetensors.torch import load_file, load_model, save_file, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.sampler import DefaultBatchSampler
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from embedistill.errors import EmbedistillError
-from embedistill.files import read_json, remove, write_json, write_text
+from embedistill.files import read_json, remove, write_json, write_text, written_aside
 from embedistill.progress import note, progress_bar
-from embedistill.training.objectives import DistillationLoss, Temperature, Term
+from embedistill.ranks import rank, world_size
+from embedistill.training.batches import Batching, LengthGroupedSampler, Rows, TargetCollator, Targets, count_tokens
+from embedistill.training.objectives import DistillationLoss
+from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
-Targets = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
-"""From row numbers (batch,) to the teacher's vectors in the student's space (batch, dim)."""
-
 _COMPLETE = "complete"
-_POOL_BATCHES = 32
+_LOSS_STATE = "loss.safetensors"
 _CALIBRATION_SECONDS = 10.0
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
+_FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,6 @@ class Schedule:
 
     epochs: float
     minutes: float | None
-    batch_size: int
     learning_rate: float
     warmup: float
     weight_decay: float
@@ -51,6 +52,9 @@ class Schedule:
     dtype: torch.dtype = torch.float32
     steps: int | None = None
     dev_steps: int | None = None
+    max_grad_norm: float = 1.0
+    average: int = 0
+    report_to: tuple[str, ...] = ()
 
 
 def train(
@@ -58,127 +62,215 @@ def train(
     texts: Sequence[str],
     targets: Targets,
     *,
-    weights: Mapping[Term, float],
-    temperature: Temperature,
-    prefixes: Sequence[int] = (),
+    loss: DistillationLoss,
+    batching: Batching,
     schedule: Schedule,
     work_dir: Path,
     log_path: Path,
     dev: Dev | None = None,
+    partners: Rows | None = None,
 ) -> SentenceTransformer:
     """Train a student in place on the teacher's vectors of its texts, and return it.
 
-    A run that was killed goes on from its last whole checkpoint in `work_dir`, with the same batches. With texts to
-    watch the student on, the weights that did best on them are returned, the untrained ones among them.
+    A run that was killed goes on from its last whole checkpoint in `work_dir`, with the same batches. One that runs out
+    of memory goes on with each batch in two halves. With texts to watch the student on, the weights that did best on
+    them are returned, the untrained ones among them. Processes that torchrun started train together, with the batches
+    of one; the first alone writes.
 
     Args:
         student: The model to train; its dropout is switched off.
         texts: The training texts.
         targets: Gives the teacher's vectors by row of `texts`.
-        weights: Weight of each term of the loss.
-        temperature: Of the terms that have one.
-        prefixes: Numbers of dimensions that the terms look at; none: all alone.
+        loss: The terms, of this student.
+        batching: How texts are put into batches.
         schedule: How long, how fast and in what steps.
         work_dir: Folder for checkpoints and for the number of steps that a time budget came to.
         log_path: File for the log, one JSON object a line.
         dev: Texts that are not trained on, to watch the student on.
+        partners: Row of each text's positive, shape (n_texts,), -1: it has none; None: no text has.
 
     Raises:
-        EmbedistillError: The loss is not finite, or the student collapsed or diverged. Checkpoints and the best weights
-            stay in `work_dir`.
+        EmbedistillError: The loss is not finite, the student collapsed or diverged, or memory does not hold four texts.
+            Checkpoints and the best weights stay in `work_dir`.
     """
     _switch_dropout_off(student)
-    dataset = Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))})
-    collator = TargetCollator(preprocess_fn=student.preprocess, targets=targets)
-    loss = DistillationLoss(student, weights, temperature, prefixes)
+    training = _Training(
+        student=student,
+        dataset=Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))}),
+        collator=TargetCollator(student.preprocess, targets=targets, partners=_or_none(partners)),
+        loss=loss,
+        batching=batching,
+        schedule=schedule,
+        lengths=count_tokens(student, texts),
+        work_dir=work_dir,
+        log_path=log_path,
+        dev=dev,
+    )
+    with written_aside(training.untrained) as path:
+        save_model(student, str(path))
+    packed = nullcontext() if loss.internals else without_padding(student, schedule.dtype)
+    with packed:
+        while not training.done:
+            try:
+                training.run()
+            except (RuntimeError, MemoryError) as error:
+                training.halve(error)
+            gc.collect()  # what ran out of memory is held by its frames until here
+        return training.finish()
 
-    def start(steps: int, folder: Path, callbacks: list[TrainerCallback]) -> SentenceTransformerTrainer:
+
+def _or_none(partners: Rows | None) -> Rows:
+    return np.empty(0, np.int64) if partners is None else partners
+
+
+@dataclass
+class _Training:
+    """One training: what it is made of, and the files by which it goes on."""
+
+    student: SentenceTransformer
+    dataset: Dataset
+    collator: TargetCollator
+    loss: DistillationLoss
+    batching: Batching
+    schedule: Schedule
+    lengths: Any
+    work_dir: Path
+    log_path: Path
+    dev: Dev | None
+    done: bool = False
+    best: KeepBest | None = None
+
+    @property
+    def plan(self) -> dict[str, int]:
+        """The steps that were planned, once they are, and how often the batch was halved."""
+        path = self.work_dir / "plan.json"
+        found: dict[str, int] = read_json(path) if path.is_file() else {"halvings": 0}
+        return found
+
+    def keep_plan(self, **changes: int) -> None:
+        write_json(self.work_dir / "plan.json", self.plan | changes)
+
+    @property
+    def untrained(self) -> Path:
+        return self.work_dir / "untrained.safetensors"
+
+    def run(self) -> None:
+        """Train to the end, or to an error, from the last checkpoint on."""
+        if "steps" not in self.plan:
+            self.keep_plan(steps=self._plan_steps())
+        steps, checkpoint = self.plan["steps"], _last_whole_checkpoint(self.work_dir)
+        with ExitStack() as stack:
+            advance = stack.enter_context(progress_bar("Training", steps, "steps"))
+            callbacks: list[TrainerCallback] = [_Watch(advance, self.log_path, self.loss, self.work_dir)]
+            if self.dev and rank() == 0:
+                every = self.schedule.dev_steps or max(1, steps // _DEV_READINGS)
+                self.best = KeepBest(self.student, self.dev, self._criterion, every, self.schedule.dtype, self.work_dir)
+                callbacks.insert(0, self.best)
+            trainer = self._trainer(steps, self.work_dir, callbacks)
+            if self.best:
+                self.best.log = trainer.log
+            if checkpoint:
+                note(f"Training goes on from {checkpoint.name}")
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.done = True
+
+    @property
+    def _criterion(self) -> Criterion:
+        return "cosine" if "embedding" in self.loss.weights else "similarity"
+
+    def _trainer(self, steps: int, folder: Path, callbacks: list[TrainerCallback]) -> SentenceTransformerTrainer:
+        accumulation = 2 ** self.plan["halvings"]
+        batching = replace(self.batching, parts=accumulation * world_size())
         trainer = SentenceTransformerTrainer(
-            model=student,
-            args=_arguments(schedule, steps, folder),
-            train_dataset=dataset,
-            loss=loss,
-            data_collator=collator,
+            model=self.student,
+            args=_arguments(
+                self.schedule,
+                steps,
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=batching.size,
+                gradient_accumulation_steps=accumulation,
+                batch_sampler=partial(LengthGroupedSampler, lengths=self.lengths, batching=batching, steps=steps),
+            ),
+            train_dataset=self.dataset,
+            loss=self.loss,
+            data_collator=self.collator,
             callbacks=callbacks,
         )
         for chatty in (PrinterCallback, SentenceTransformerModelCardCallback):
             trainer.remove_callback(chatty)
         return trainer
 
-    plan = work_dir / "plan.json"
-    if not plan.is_file():
-        planned = _plan_steps(schedule, len(texts), student, start, work_dir / "calibration", dev=dev)
-        write_json(plan, {"steps": planned})
-    steps: int = read_json(plan)["steps"]
-    checkpoint = _last_whole_checkpoint(work_dir)
-    best = None
-    if dev:
-        every = schedule.dev_steps or max(1, steps // _DEV_READINGS)
-        criterion: Criterion = "cosine" if weights.get("embedding") else "similarity"
-        best = KeepBest(student, dev, criterion, every, schedule.dtype, work_dir)
-    with ExitStack() as stack:
-        advance = stack.enter_context(progress_bar("Training", steps, "steps"))
-        watch = _Watch(advance, log_path, loss)
-        trainer = start(steps, work_dir, [best, watch] if best else [watch])
-        if checkpoint:
-            note(f"Training goes on from {checkpoint.name}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if best:
-        best.restore()
-    return student
+    def halve(self, error: Exception) -> None:
+        """Have batches halved from here on, where an error was want of memory.
 
+        Raises:
+            EmbedistillError: Halves would be too small. Another error is raised again.
+        """
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)) or world_size() > 1:
+            raise error
+        halvings = self.plan["halvings"] + 1
+        if self.batching.size // 2**halvings < _FEWEST_TEXTS:
+            do = "use shorter texts (corpus.max_characters), a smaller student, or a machine with more memory"
+            raise EmbedistillError(
+                "training", f"{self.batching.size // 2 ** (halvings - 1)} texts a batch, and out of memory", do=do
+            ) from error
+        self.keep_plan(halvings=halvings)
+        note(f"Out of memory: batches of {self.batching.size} come in {2**halvings} parts from now on")
+        self._start_over()
 
-@dataclass
-class TargetCollator(SentenceTransformerDataCollator):
-    """Tokenise the texts of a batch and put the teacher's vectors in place of their row numbers."""
+    def _start_over(self) -> None:
+        load_model(self.student, str(self.untrained))
+        self.student.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    targets: Targets | None = None
+    def finish(self) -> SentenceTransformer:
+        """Give the student the weights that did best, of those kept and their average."""
+        if self.best:
+            if self.schedule.average:
+                self.best.try_mean(_list_checkpoints(self.work_dir)[-self.schedule.average :])
+            self.best.restore()
+        return self.student
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the trainer's batch with labels of shape (batch, dim)."""
-        batch: dict[str, Any] = super().__call__(features)
-        if self.targets is not None:
-            batch["label"] = torch.from_numpy(self.targets(batch["label"].numpy()))
-        return batch
-
-
-class LengthGroupedSampler(DefaultBatchSampler):
-    """Random batches of texts of like length: less padding, at the same randomness between batches.
-
-    Every epoch is a new permutation; runs of it of 32 batches are sorted by length, cut, and the batches shuffled.
-    """
-
-    def __init__(self, dataset: Dataset, **settings: Any) -> None:
-        super().__init__(dataset, **settings)
-        self.lengths = np.array([len(text) for text in dataset["text"]])
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches of the epoch that `set_epoch` named."""
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
-        pool = self.batch_size * _POOL_BATCHES
-        for start in range(0, len(order), pool):
-            rows = order[start : start + pool]
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            batches = [rows[cut : cut + self.batch_size].tolist() for cut in range(0, len(rows), self.batch_size)]
-            yield from (batches[index] for index in random.permutation(len(batches)))
-
-    def __len__(self) -> int:
-        """Return the batches of an epoch."""
-        batches: int = math.ceil(len(self.lengths) / self.batch_size)
-        return batches
+    def _plan_steps(self) -> int:
+        """Return the steps of the epochs, or those asked for or fitting into the minutes where these are fewer."""
+        schedule, n_texts = self.schedule, len(self.lengths)
+        by_tokens = self.lengths.sum() / self.batching.tokens if self.batching.tokens else 0
+        wanted = max(1, round(schedule.epochs * math.ceil(max(n_texts / self.batching.size, by_tokens))))
+        wanted = min(wanted, schedule.steps or wanted)
+        if schedule.minutes is None or wanted < 4:
+            return wanted
+        stopwatch = _Stopwatch()
+        folder = self.work_dir / "calibration"
+        self._trainer(wanted, folder, [stopwatch]).train()
+        self._start_over()
+        remove(folder)
+        step = stopwatch.seconds_per_step
+        reading = _time_reading(self.student, self.dev) if self.dev else 0.0
+        seconds = schedule.minutes * 60
+        if schedule.dev_steps:
+            fitting = seconds / (step + reading / schedule.dev_steps)
+        else:
+            fitting = (seconds - _DEV_READINGS * reading) / step
+        steps = max(1, min(wanted, int(fitting)))
+        note(f"Training: {steps:,} steps of {step:.2f} s, {steps / wanted * schedule.epochs:.1f} epochs")
+        return steps
 
 
 class _Watch(TrainerCallback):
     """Progress, the log on disk, whole checkpoints, and a stop where the loss is lost."""
 
-    def __init__(self, advance: Callable[[int], None], log_path: Path, loss: DistillationLoss) -> None:
-        self.advance, self.log_path, self.loss = advance, log_path, loss
+    def __init__(self, advance: Callable[[int], None], log_path: Path, loss: DistillationLoss, folder: Path) -> None:
+        self.advance, self.log_path, self.loss, self.folder = advance, log_path, loss, folder
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.advance(state.global_step)
+        kept = self._checkpoint(state) / _LOSS_STATE
+        if kept.is_file():
+            self.loss.load_state_dict(load_file(kept), strict=False)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -189,15 +281,22 @@ class _Watch(TrainerCallback):
         self.advance(1)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        last = state.log_history[-1]
+        last = {name: value for name, value in state.log_history[-1].items() if not name.startswith("dev_")}
         lost = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
         if lost:
             do = "lower training.learning_rate, or set training.dtype=float32"
             raise EmbedistillError(f"training, step {state.global_step}", f"{', '.join(lost)} not finite", do=do)
-        write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+        if state.is_world_process_zero:
+            write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        write_text(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+        if state.is_world_process_zero:
+            if own := self.loss.own_state():
+                save_file(own, self._checkpoint(state) / _LOSS_STATE)
+            write_text(self._checkpoint(state) / _COMPLETE, "")
+
+    def _checkpoint(self, state: TrainerState) -> Path:
+        return self.folder / f"checkpoint-{state.global_step}"
 
 
 class _Stopwatch(TrainerCallback):
@@ -216,61 +315,32 @@ class _Stopwatch(TrainerCallback):
         return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
-def _plan_steps(
-    schedule: Schedule,
-    n_texts: int,
-    student: SentenceTransformer,
-    start: Callable[[int, Path, list[TrainerCallback]], SentenceTransformerTrainer],
-    folder: Path,
-    *,
-    dev: Dev | None,
-) -> int:
-    """Return the steps of the epochs, or those asked for or fitting into the minutes where these are fewer."""
-    wanted = max(1, round(schedule.epochs * math.ceil(n_texts / schedule.batch_size)))
-    wanted = min(wanted, schedule.steps or wanted)
-    if schedule.minutes is None or wanted < 4:
-        return wanted
-    weights = {name: value.clone() for name, value in student.state_dict().items()}
-    stopwatch = _Stopwatch()
-    start(wanted, folder, [stopwatch]).train()
-    student.load_state_dict(weights)
-    student.zero_grad()
-    remove(folder)
-    seconds = schedule.minutes * 60 - (_DEV_READINGS * _time_reading(student, dev) if dev else 0)
-    fitting = max(1, int(seconds / stopwatch.seconds_per_step))
-    steps = min(wanted, fitting)
-    epochs = steps * schedule.batch_size / n_texts
-    note(f"Training: {steps:,} steps of {stopwatch.seconds_per_step:.2f} s, {epochs:.1f} epochs")
-    return steps
-
-
 def _time_reading(student: SentenceTransformer, dev: Dev) -> float:
     start = time.perf_counter()
     dev.read(student)
     return time.perf_counter() - start
 
 
-def _arguments(schedule: Schedule, steps: int, folder: Path) -> SentenceTransformerTrainingArguments:
+def _arguments(schedule: Schedule, steps: int, folder: Path, **batches: Any) -> SentenceTransformerTrainingArguments:
     cuda = torch.cuda.is_available()
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=schedule.batch_size,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(schedule.warmup * steps),
         weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
         bf16=schedule.dtype == torch.bfloat16,
         use_cpu=not cuda,
         seed=schedule.seed,
-        batch_sampler=LengthGroupedSampler,
         save_steps=schedule.checkpoint_steps,
-        save_total_limit=2,
+        save_total_limit=max(2, schedule.average),
         logging_steps=max(1, min(20, steps // 20)),
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=list(schedule.report_to) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
+        **batches,
     )
 
 
@@ -282,9 +352,12 @@ def _switch_dropout_off(student: SentenceTransformer) -> None:
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:
     """Return the latest checkpoint that was written to its end, and remove those that were not."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found:
-        if not (path / _COMPLETE).is_file():
+    for path in _list_checkpoints(folder):
+        if not (path / _COMPLETE).is_file() and rank() == 0:
             remove(path)
-    whole = [path for path in found if path.is_dir()]
+    whole = [path for path in _list_checkpoints(folder) if (path / _COMPLETE).is_file()]
     return whole[-1] if whole else None
+
+
+def _list_checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

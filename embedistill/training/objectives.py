@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss, GlobalOrthogonalRegularizationLoss
+from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 from torch.nn import functional
 
-Term = Literal["embedding", "similarity", "matrix", "contrastive", "spread"]
-Course = Literal["linear", "cosine"]
+from embedistill.training.internals import Internals
+
+Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "pairs", "layers", "attention", "spread"]
+Schedule = Literal["linear", "cosine"]
+
+_BALANCED_EVERY = 50
+_NEAREST = 8
+_FALSE_NEGATIVE = 0.95
+_BOUNDS = (0.01, 1.0)
 
 
 @dataclass(frozen=True)
-class Temperature:
-    """A temperature on its way through a training."""
+class Course:
+    """A number on its way through a training: a temperature, the weight of a term."""
 
     start: float
     end: float
-    schedule: Course = "cosine"
+    schedule: Schedule = "cosine"
 
     def at(self, progress: float) -> float:
-        """Return the temperature at a share of the training, 0 to 1: start + c (end - start)."""
+        """Return the number at a share of the training, 0 to 1: start + c (end - start)."""
         share = progress if self.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.start + share * (self.end - self.start)
 
@@ -34,16 +42,23 @@ class Temperature:
 class DistillationLoss(nn.Module):
     """The weighted sum of the terms whose weight is above zero, each logged by itself.
 
-    Inputs: one text column. Labels: teacher embeddings in the student's space, unit length, shape (batch, dim).
+    Inputs: one text column. Labels: `vectors`, teacher embeddings in the student's space, unit length, shape (batch,
+    dim); `positives`, the place in the batch of each text's positive, shape (batch,), -1 where it has none.
+
+    Where several processes train, every term is over the texts of all of them.
 
     Args:
         model: The student.
         weights: Weight by term: embedding is 1 - cosine, the mean over the batch; spread is the two terms of the
-            orthogonality regulariser of Zhang et al. (2017), as sentence-transformers has it; the others are the
-            functions of this module.
-        temperature: Of the terms similarity and contrastive.
+            orthogonality regulariser of Zhang et al. (2017), as sentence-transformers has it; layers and attention are
+            of `internals`; the others are the functions of this module.
+        temperature: Of the terms similarity, contrastive and pairs; None: learned, from 0.05 on, kept in 0.01 to 1, as
+            CLIP's (Radford et al., 2021).
         prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors, scaled to unit length
             (Matryoshka, Kusupati et al., 2022); none: all dimensions alone.
+        balance: Divide each term by the norm of its gradient, a running mean of measurements on every 50th step, so
+            that weights are ratios of gradients (after GradNorm, Chen et al., 2018).
+        internals: The live teacher, which the terms layers and attention need.
 
     Attributes:
         progress: The share of the training that is done, 0 to 1; whoever trains sets it.
@@ -52,41 +67,99 @@ class DistillationLoss(nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        weights: Mapping[Term, float],
-        temperature: Temperature,
+        weights: Mapping[Term, Course],
+        temperature: Course | None,
         prefixes: Sequence[int] = (),
+        *,
+        balance: bool = False,
+        internals: Internals | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.weights = {term: weight for term, weight in weights.items() if weight > 0}
-        self.temperature, self.prefixes, self.progress = temperature, tuple(prefixes), 0.0
+        self.weights = {term: weight for term, weight in weights.items() if weight.start > 0 or weight.end > 0}
+        self.course, self.prefixes, self.progress = temperature, tuple(prefixes), 0.0
+        self.balance, self.internals = balance, internals
         self._embedding = EmbedDistillLoss(model, distance_metric="cosine")
         self._spread = GlobalOrthogonalRegularizationLoss(model)
+        if temperature is None:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(0.05)))
+        if balance:
+            self.register_buffer("norms", torch.zeros(len(self.weights)))
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
-    def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature of this step."""
+        if self.course is None:
+            return torch.exp(-self.log_scale).clamp(*_BOUNDS)
+        return self.course.at(self.progress)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return what it has learned and measured itself: what a checkpoint of the student does not hold."""
+        kept = [name for name, _ in self.named_parameters() if not name.startswith(("model.", "_"))]
+        return {name: value for name, value in self.state_dict().items() if name in {*kept, "norms", "calls"}}
+
+    def forward(
+        self, sentence_features: Sequence[dict[str, Tensor]], labels: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Return the weighted terms by name; the trainer adds them up."""
-        student = self.model(sentence_features[0])["sentence_embedding"].float()
+        features = sentence_features[0]
+        if self.internals:
+            with self.internals.watched(features):
+                student = self.model(features)["sentence_embedding"].float()
+        else:
+            student = self.model(features)["sentence_embedding"].float()
+        student, teacher, positives = _gather(student, labels)
         sizes = self.prefixes or (student.shape[1],)
-        cut = [[functional.normalize(vectors[:, :size], dim=1) for vectors in (student, labels)] for size in sizes]
-        return {
-            term: weight * torch.stack([self._term(term, *pair) for pair in cut]).mean()
-            for term, weight in self.weights.items()
+        cut = [[functional.normalize(vectors[:, :size], dim=1) for vectors in (student, teacher)] for size in sizes]
+        terms = {
+            term: torch.stack([self._term(term, own, theirs, positives) for own, theirs in cut]).mean()
+            for term in self.weights
         }
+        norms = self._measure(terms) if self.balance else dict.fromkeys(terms, 1.0)
+        return {term: self.weights[term].at(self.progress) * value / norms[term] for term, value in terms.items()}
 
-    def _term(self, term: Term, student: Tensor, teacher: Tensor) -> Tensor:
-        temperature = self.temperature.at(self.progress)
-        match term:
-            case "embedding":
-                distance: Tensor = self._embedding.compute_loss_from_embeddings([student], [teacher])
-                return distance
-            case "similarity":
-                return similarity_divergence(student, teacher, temperature)
-            case "matrix":
-                return matrix_distance(student, teacher)
-            case "contrastive":
-                return contrast(student, teacher, temperature)
-            case "spread":
-                return torch.stack(self._spread.compute_gor(student)).sum()
+    def _term(self, term: Term, student: Tensor, teacher: Tensor, positives: Tensor) -> Tensor:
+        functions: dict[Term, Callable[[], Tensor]] = {
+            "embedding": lambda: self._embedding.compute_loss_from_embeddings([student], [teacher]),
+            "similarity": lambda: similarity_divergence(student, teacher, self.temperature),
+            "matrix": lambda: matrix_distance(student, teacher),
+            "contrastive": lambda: contrast(student, teacher, self.temperature),
+            "ranking": lambda: ranking_distance(student, teacher),
+            "pairs": lambda: contrast_pairs(student, teacher, positives, self.temperature),
+            "layers": lambda: cast(Internals, self.internals).distance("layers"),
+            "attention": lambda: cast(Internals, self.internals).distance("attention"),
+            "spread": lambda: torch.stack(self._spread.compute_gor(student)).sum(),
+        }
+        return functions[term]()
+
+    def _measure(self, terms: Mapping[Term, Tensor]) -> dict[Term, float]:
+        """Return the norm of each term's gradient by the student's weights, measured anew on every 50th step."""
+        norms, calls = cast(Tensor, self.norms), cast(Tensor, self.calls)
+        if torch.is_grad_enabled() and calls % _BALANCED_EVERY == 0:
+            weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+            for number, term in enumerate(terms.values()):
+                grads = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+                found = torch.stack([grad.float().norm() for grad in grads if grad is not None]).norm()
+                norms[number] = found if calls == 0 else 0.9 * norms[number] + 0.1 * found
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(norms, torch.distributed.ReduceOp.AVG)
+        calls += 1
+        return dict(zip(terms, norms.clamp(min=1e-8).tolist(), strict=True))
+
+
+def _gather(student: Tensor, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return student vectors, teacher vectors and positives of all processes."""
+    teacher, positives = labels["vectors"], labels["positives"]
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return student, teacher, positives
+    offset = len(student) * torch.distributed.get_rank()
+    moved = torch.where(positives < 0, positives, positives + offset)
+    return (
+        cast(Tensor, all_gather_with_grad(student)),
+        cast(Tensor, all_gather(teacher)),
+        cast(Tensor, all_gather(moved)),
+    )
 
 
 def matrix_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -104,7 +177,7 @@ def matrix_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return difference.square().sum() / max(1, len(student) * (len(student) - 1))
 
 
-def contrast(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def contrast(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
     """Return the mean over i of -log softmax_j(<s_i, t_j> / T) at j = i: InfoNCE (van den Oord et al., 2018).
 
     The positive of a text is the teacher's vector of it; the negatives are the teacher's vectors of the others in the
@@ -122,7 +195,7 @@ def contrast(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return functional.cross_entropy(student @ teacher.T / temperature, own)
 
 
-def similarity_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def similarity_divergence(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
     """Return how far the student's similarities within a batch are from the teacher's.
 
     The mean over i of KL(p_i || q_i), with p_i the softmax over j != i of <t_i, t_j> / T, q_i the same of the student:
@@ -144,3 +217,53 @@ def similarity_divergence(student: Tensor, teacher: Tensor, temperature: float) 
         for vectors in (student, teacher)
     )
     return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def ranking_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return how far the nearest neighbours of a text, of those in the batch, are from being its nearest.
+
+    The mean over i, over j of the (at most) 8 texts nearest to i by the teacher, and over k not nearer to i than j, of
+    max(0, (<t_i, t_j> - <t_i, t_k>) - (<s_i, s_j> - <s_i, s_k>)): a hinge whose margin is the teacher's own, the loss
+    of Hofstaetter et al. (2020) on the side where the student's margin is too small.
+
+    Args:
+        student: Unit vectors, shape (batch, dim).
+        teacher: Unit vectors, shape (batch, any dim).
+
+    Returns:
+        A scalar, at least 0; 0 for a batch of two.
+    """
+    n_texts = len(student)
+    itself = torch.eye(n_texts, dtype=torch.bool, device=student.device)
+    wanted, found = teacher @ teacher.T, student @ student.T
+    nearest = wanted.masked_fill(itself, -2).topk(min(_NEAREST, n_texts - 1), dim=1).indices
+    margins = wanted.gather(1, nearest)[:, :, None] - wanted[:, None, :]
+    reached = found.gather(1, nearest)[:, :, None] - found[:, None, :]
+    counted = (margins > 0) & ~itself[:, None, :]
+    return (functional.relu(margins - reached) * counted).sum() / counted.sum().clamp(min=1)
+
+
+def contrast_pairs(student: Tensor, teacher: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
+    """Return InfoNCE (van den Oord et al., 2018) of the texts that have a positive in the batch.
+
+    The mean over these i of -log softmax_k(<s_i, s_k> / T) at k = positive(i), over k != i. A text that the teacher
+    finds at least 95 % as near to i as its positive is no negative (NV-Retriever, Moreira et al., 2024).
+
+    Args:
+        student: Unit vectors, shape (batch, dim).
+        teacher: Unit vectors, shape (batch, any dim).
+        positives: Place of each text's positive, shape (batch,), -1: it has none.
+        temperature: T.
+
+    Returns:
+        A scalar, at least 0; 0 where no text has a positive.
+    """
+    rows = torch.nonzero(positives >= 0)[:, 0]
+    if not len(rows):
+        return student.sum() * 0
+    own = positives[rows]
+    known = teacher[rows] @ teacher.T
+    masked = known > _FALSE_NEGATIVE * known.gather(1, own[:, None])
+    masked = masked.scatter(1, own[:, None], value=False).scatter(1, rows[:, None], value=True)
+    logits = (student[rows] @ student.T / temperature).masked_fill(masked, -1e4)
+    return functional.cross_entropy(logits, own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,10 +29,17 @@ _PATIENCE = 2  # readings that find a student lost before it is given up
 
 @dataclass(frozen=True)
 class Dev:
-    """Texts that are not trained on, as the student sees them, and the teacher's vectors of them, (n_texts, dim)."""
+    """What a student in training is watched on.
+
+    Attributes:
+        texts: Texts that are not trained on, as the student sees them.
+        vectors: The teacher's vectors of them, (n_texts, dim).
+        score: Scores the student in another way; logged, and nothing else.
+    """
 
     texts: Sequence[str]
     vectors: npt.NDArray[np.float32]
+    score: Callable[[SentenceTransformer], float] | None = None
 
     def read(self, student: SentenceTransformer) -> Reading:
         """Encode the texts, and return how the student does; it is in training mode again afterwards."""
@@ -103,6 +110,7 @@ class KeepBest(TrainerCallback):
     every: int
     dtype: torch.dtype
     folder: Path
+    log: Callable[[dict[str, float]], None] = lambda entry: None
     _faults: int = 0
 
     @cached_property
@@ -131,16 +139,23 @@ class KeepBest(TrainerCallback):
             self._read(state)
 
     def _read(self, state: TrainerState) -> None:
-        with torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            reading = self.dev.read(self.student)
+        reading = self._look()
         entry = {f"dev_{name}": value for name, value in asdict(reading).items()}
-        state.log_history.append({**entry, "step": state.global_step})
+        self.log(entry | ({"dev_score": self.dev.score(self.student)} if self.dev.score else {}))
+        self.student.train()
         score = getattr(reading, self.criterion)
         if not self._described.is_file() or score > read_json(self._described)["score"]:
-            with written_aside(self._weights) as path:
-                save_model(self.student, str(path))
-            write_json(self._described, {"step": state.global_step, "score": score})
+            self._keep(score, step=state.global_step)
         self._stop_if_lost(reading, state)
+
+    def _look(self) -> Reading:
+        with torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
+            return self.dev.read(self.student)
+
+    def _keep(self, score: float, **described: int) -> None:
+        with written_aside(self._weights) as path:
+            save_model(self.student, str(path))
+        write_json(self._described, {"score": score, **described})
 
     def _stop_if_lost(self, reading: Reading, state: TrainerState) -> None:
         first = next(entry for entry in state.log_history if "dev_cosine" in entry)
@@ -152,10 +167,29 @@ class KeepBest(TrainerCallback):
             do = f"lower training.learning_rate; the weights of step {best['step']}, the best, are in {self._weights}"
             raise EmbedistillError(where, f"the student {fault}", do=do)
 
+    def try_mean(self, checkpoints: Sequence[Path]) -> None:
+        """Keep the mean of the weights of checkpoints, where it does better than the best step."""
+        total: dict[str, torch.Tensor] = {}
+        for path in checkpoints:
+            for name, value in SentenceTransformer(str(path), device="cpu", local_files_only=True).state_dict().items():
+                total[name] = total[name] + value if name in total else value
+        mean = {name: value / len(checkpoints) if value.is_floating_point() else value for name, value in total.items()}
+        self.student.load_state_dict(mean)
+        score, best = getattr(self._look(), self.criterion), read_json(self._described)
+        compared = f"{self.criterion} {score:.4f}, where {best['score']:.4f} was best"
+        note(f"Mean weights of {len(checkpoints)} checkpoints: {compared}")
+        if score > best["score"]:
+            self._keep(score, step=best["step"], checkpoints=len(checkpoints))
+
     def restore(self) -> None:
         """Give the student its best weights back."""
         best = read_json(self._described)
         load_model(self.student, str(self._weights))
-        note(f"Kept: the weights of step {best['step']:,}, {self.criterion} {best['score']:.4f} on texts kept out")
+        which = (
+            f"mean weights of {best['checkpoints']} checkpoints"
+            if "checkpoints" in best
+            else f"weights of step {best['step']:,}"
+        )
+        note(f"Kept: the {which}, {self.criterion} {best['score']:.4f} on texts kept out")
         if best["step"] == 0:
             note("No step was better than the untrained student: lower training.learning_rate, or train for longer")

@@ -1,0 +1,152 @@
+"""What of a recipe's training section goes into the training: the loss, the batches, the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+
+from embedistill.errors import UsageError
+from embedistill.progress import note, progress_bar
+from embedistill.recipe import CourseSection, TrainingSection
+from embedistill.student.head import Matrix
+from embedistill.training.batches import Batching, Rows, Targets, find_neighbours, shorten, spread_from_centres
+from embedistill.training.internals import Internals
+from embedistill.training.loop import Schedule
+from embedistill.training.objectives import Course, DistillationLoss, Term
+
+_CHUNK = 8192
+LIVE = ("layers", "attention")  # terms that need the teacher itself
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """The texts that a student is trained on.
+
+    Attributes:
+        inputs: As the student sees them, with its prompts.
+        queries: Whether each is a query, shape (n_texts,).
+        targets: The teacher's vectors, in the student's space, by row of `inputs`.
+        partners: Rows of each text's positive and negative, shape (n_texts, 2), -1: it has none.
+    """
+
+    inputs: Sequence[str]
+    queries: npt.NDArray[np.bool_]
+    targets: Targets
+    partners: Rows
+
+
+def make_loss(
+    section: TrainingSection,
+    student: SentenceTransformer,
+    teacher: SentenceTransformer | None,
+    layers: Sequence[int] | None,
+) -> DistillationLoss:
+    """Return the weighted terms of a recipe for a student.
+
+    Args:
+        section: The recipe's.
+        student: The model to train.
+        teacher: The live teacher, where a term needs it.
+        layers: The layers of the teacher that the student's were made of.
+    """
+    terms = section.objectives.used
+    internals = None
+    if teacher is not None:
+        pairs = [(pair[0], pair[1]) for pair in section.layer_pairs] or _default_pairs(teacher, layers)
+        heads = section.relation_heads if "attention" in terms else 1
+        internals = Internals(student, teacher, pairs, heads)
+    temperature = section.temperature
+    return DistillationLoss(
+        student,
+        cast(dict[Term, Course], {name: make_course(value) for name, value in terms.items()}),
+        None if temperature == "learned" else make_course(temperature),
+        section.matryoshka,
+        balance=section.balance,
+        internals=internals,
+    )
+
+
+def _default_pairs(teacher: SentenceTransformer, layers: Sequence[int] | None) -> list[tuple[int, int]]:
+    """Pair the upper half of a student's layers with those they were made of, the last with the last."""
+    if not layers:
+        do = "name them: training.layer_pairs=[[0, 3], [1, 7]]"
+        raise UsageError("training.layer_pairs", "none, for a student not made of the teacher's layers", do=do)
+    last = teacher[0].model.config.num_hidden_layers - 1
+    return [*list(enumerate(layers))[len(layers) // 2 : -1], (len(layers) - 1, last)]
+
+
+def make_course(section: CourseSection) -> Course:
+    """Return a number on its way through a training."""
+    return Course(*section.ends, section.schedule)
+
+
+def make_schedule(section: TrainingSection, share: float, seed: int, dtype: torch.dtype) -> Schedule:
+    """Return how long, how fast and in what steps a student is trained, for a share of the time."""
+    return Schedule(
+        epochs=share * section.epochs,
+        minutes=share * section.minutes if section.minutes else None,
+        learning_rate=section.learning_rate,
+        warmup=section.warmup,
+        weight_decay=section.weight_decay,
+        checkpoint_steps=section.checkpoint_steps,
+        seed=seed,
+        dtype=dtype,
+        steps=section.steps,
+        dev_steps=section.dev_steps,
+        max_grad_norm=section.max_grad_norm,
+        average=section.average,
+        report_to=tuple(section.report_to),
+    )
+
+
+def make_batching(section: TrainingSection, student: SentenceTransformer, lessons: Lessons, seed: int) -> Batching:
+    """Return how texts are put into batches: beside which others, and in what order over the training."""
+    companions = None
+    if section.neighbours:
+        note(f"Neighbours: {section.neighbours} of each of {len(lessons.inputs):,} texts")
+        companions = find_neighbours(shorten(lessons.targets, len(lessons.inputs)), section.neighbours)
+    elif "pairs" in section.objectives.used:
+        companions = lessons.partners
+    return Batching(
+        size=section.batch_size,
+        tokens=section.batch_tokens,
+        seed=seed,
+        companions=companions,
+        drawn=1 if section.neighbours else None,
+        difficulty=_rate(section, student, lessons),
+    )
+
+
+def _rate(section: TrainingSection, student: SentenceTransformer, lessons: Lessons) -> Matrix | None:
+    """Return how difficult each text is, shape (n_texts,); None: no order is wanted."""
+    n_texts = len(lessons.inputs)
+    match section.curriculum:
+        case "none":
+            return None
+        case "length":
+            return np.array([len(text) for text in lessons.inputs], np.float32)
+        case "queries-last":
+            return lessons.queries.astype(np.float32)
+        case "centre":
+            return spread_from_centres(shorten(lessons.targets, n_texts))
+        case "error":
+            return _measure_errors(student, lessons)
+
+
+def _measure_errors(student: SentenceTransformer, lessons: Lessons) -> Matrix:
+    """Return 1 - cosine to the teacher, shape (n_texts,)."""
+    errors = np.empty(len(lessons.inputs), np.float32)
+    with progress_bar("untrained student encodes", len(errors), "texts") as advance:
+        for start in range(0, len(errors), _CHUNK):
+            texts = list(lessons.inputs[start : start + _CHUNK])
+            found = student.encode(texts, prompt="", normalize_embeddings=True, show_progress_bar=False)
+            wanted = lessons.targets(np.arange(start, start + len(texts)))
+            errors[start : start + len(texts)] = 1 - (found * wanted).sum(1)
+            advance(len(texts))
+    return errors

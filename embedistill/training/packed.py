@@ -1,0 +1,150 @@
+"""A BERT-like student in training, without padding: for processors, where every token of padding costs.
+
+As `embedistill.encoding.packed`, with gradients: all tokens of a batch are the rows of one matrix, attention is taken
+over texts of equal length at a time. Attention and its gradient are written out, because the fused ones of torch are
+several times as slow on the many short texts of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional
+from transformers.modeling_outputs import BaseModelOutput
+
+from embedistill.architectures import architecture_of, find_layers
+from embedistill.encoding.packed import Group, can_pack, find_padding, group, positions_of
+
+
+@contextmanager
+def without_padding(student: SentenceTransformer, dtype: torch.dtype) -> Iterator[None]:
+    """Let a student's body run without padding for a while, where it can; what it gives stays as it is.
+
+    Args:
+        student: Its first module's transformer is given another `forward`. Dropout is left out: it must be off.
+        dtype: Number format of the products by token and of the attention.
+    """
+    body: Any = getattr(student[0], "model", None)
+    if not can_pack(body) or student.tokenizer.padding_side != "right":
+        yield
+        return
+    body.forward = _Forward(body, dtype)
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+class _Forward:
+    def __init__(self, body: Any, dtype: torch.dtype) -> None:
+        self._body, self._dtype, self._names = body, dtype, architecture_of(body)
+        self._heads = int(getattr(body.config, self._names.heads))
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **others: Any
+    ) -> BaseModelOutput:
+        """Return last hidden states as the model would, zeros where there is padding."""
+        n_texts, longest = input_ids.shape
+        lengths = attention_mask.sum(1)
+        order = lengths.argsort(stable=True)
+        columns = torch.arange(longest)
+        places = (order[:, None] * longest + columns)[columns < lengths[order, None]]
+        groups = group(lengths[order].tolist())
+        given = {"input_ids": input_ids, "position_ids": positions_of(input_ids, find_padding(self._body))}
+        if token_type_ids is not None:
+            given["token_type_ids"] = token_type_ids
+        chosen = {name: ids.expand_as(input_ids).reshape(1, -1)[:, places] for name, ids in given.items()}
+        with torch.autocast("cpu", enabled=False):
+            hidden = self._body.embeddings(**chosen)[0]
+            bias = self._position_bias(longest)
+            for layer in find_layers(self._body):
+                hidden = self._run_layer(layer, hidden, groups, bias)
+        padded = hidden.new_zeros(n_texts * longest, hidden.shape[1]).index_copy(0, places, hidden)
+        return BaseModelOutput(last_hidden_state=padded.view(n_texts, longest, -1))
+
+    def _position_bias(self, length: int) -> Tensor | None:
+        """Return MPNet's relative position biases, (1, heads, length, length)."""
+        if self._names.shared_bias is None:
+            return None
+        bias: Tensor = self._body.encoder.compute_position_bias(torch.zeros(1, length, 1))
+        return bias.to(self._dtype)
+
+    def _run_layer(self, layer: Any, hidden: Tensor, groups: Sequence[Group], bias: Tensor | None) -> Tensor:
+        names, low = self._names, hidden.to(self._dtype)
+        join, grow, shrink = (layer.get_submodule(name) for name in (names.join, names.grow, names.shrink))
+        parts = [layer.get_submodule(str(name)) for name in (names.query, names.key, names.value)]
+        weight, offset = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        multiply: Any = _Product.apply
+        attend: Any = _Attention.apply
+        mixed = attend(multiply(low, weight, offset), bias, groups, self._heads)
+        hidden = layer.get_submodule(names.attention_norm)(hidden + multiply(mixed, join.weight, join.bias))
+        grown = functional.gelu(multiply(hidden.to(self._dtype), grow.weight, grow.bias))
+        out: Tensor = layer.get_submodule(names.output_norm)(hidden + multiply(grown, shrink.weight, shrink.bias))
+        return out
+
+
+class _Product(Function):
+    """x W^T + b in the number format of x (n_tokens, from), of weights in theirs (to, from)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        low = weight.to(x.dtype)
+        ctx.save_for_backward(x, low)
+        ctx.kept_as = weight.dtype
+        return functional.linear(x, low, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        by_bias = grad.new_ones(1, len(grad)) @ grad  # a product: sums down columns are slow
+        return grad @ weight, (grad.T @ x).to(ctx.kept_as), by_bias[0].to(ctx.kept_as)
+
+
+class _Attention(Function):
+    """softmax(Q K^T / sqrt(d) + bias) V of projected texts (n_tokens, 3 width), groups of equal length at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, bias: Tensor | None, groups: Sequence[Group], heads: int) -> Tensor:
+        mixed = projected.new_empty(len(projected), projected.shape[1] // 3)
+        shares = []
+        for one in groups:
+            (query, key, value), length = _split(projected, one, heads, 3).contiguous(), one[2]
+            scores = (query @ key.mT).mul_(query.shape[-1] ** -0.5)
+            if bias is not None:
+                scores += bias[:, :, :length, :length]
+            shares.append(scores.softmax(-1))
+            _split(mixed, one, heads, 1)[0].copy_(shares[-1] @ value)
+        ctx.save_for_backward(projected, bias, *shares)
+        ctx.groups, ctx.heads = groups, heads
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        projected, bias, *shares = ctx.saved_tensors
+        by_projected = torch.empty_like(projected)
+        by_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[1] else None
+        for one, share in zip(ctx.groups, shares, strict=True):
+            (query, key, value), length = _split(projected, one, ctx.heads, 3).contiguous(), one[2]
+            (grad,) = _split(grads[0], one, ctx.heads, 1).contiguous()
+            by_scores = torch._softmax_backward_data(grad @ value.mT, share, -1, share.dtype)
+            if by_bias is not None:
+                by_bias[:, :, :length, :length] += by_scores.sum(0)
+            by_scores.mul_(query.shape[-1] ** -0.5)
+            by_query, by_key, by_value = _split(by_projected, one, ctx.heads, 3)
+            by_query.copy_(by_scores @ key)
+            by_key.copy_(by_scores.mT @ query)
+            by_value.copy_(share.mT @ grad)
+        return by_projected, by_bias, None, None
+
+
+def _split(rows: Tensor, one: Group, heads: int, parts: int) -> Tensor:
+    """Return a view of a group's rows (n_tokens, parts x width) as (parts, n_texts, heads, length, d)."""
+    first, n_texts, length = one
+    some = rows[first : first + n_texts * length]
+    return some.view(n_texts, length, parts, heads, -1).permute(2, 0, 3, 1, 4)
