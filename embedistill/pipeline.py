@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 
 from embedistill import ranks
 from embedistill.architectures import Sizes, read_config, with_sizes
+from embedistill.corpus.filtering import make_filter
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import describe_source
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
@@ -43,7 +42,7 @@ from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
 from embedistill.outlook import plan_section, plan_student
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Phase, Recipe, dump_recipe
+from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
@@ -57,13 +56,22 @@ from embedistill.teacher import (
     Kind,
     LocatedModel,
     default_cache_dir,
+    embed_cheaply,
     encode,
     encode_with_progress,
     find_prompt,
     load,
     locate,
 )
-from embedistill.teaching import LIVE, Lessons, make_batching, make_loss, make_schedule
+from embedistill.teaching import (
+    LIVE,
+    list_inputs,
+    list_lessons,
+    make_batching,
+    make_loss,
+    make_schedule,
+    texts_by_kind,
+)
 from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
@@ -215,7 +223,7 @@ class _Line:
     @cached_property
     def encoded_texts(self) -> dict[Kind, list[str]]:
         """The distinct texts that the teacher encodes for training, by kind."""
-        return _texts_by_kind(self.corpus["train"])
+        return texts_by_kind(self.corpus["train"])
 
     @cached_property
     def _usable_texts(self) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:
@@ -248,8 +256,11 @@ class _Line:
         section = self.recipe.corpus
         splits, funnel = prepare(
             read_records(section),
-            min_characters=section.min_characters,
+            find_rule=make_filter(section.min_characters, damaged=section.drop_damaged, language=section.language),
             size=section.select.size,
+            by=section.select.by,
+            embed=partial(embed_cheaply, load(self.located)) if section.select.by == "diversity" else None,
+            near_duplicates=section.near_duplicates == "keep",
             holdout=section.holdout,
             seed=self.recipe.seed,
             evaluation_texts={
@@ -261,7 +272,7 @@ class _Line:
         )
         note(f"Corpus: {funnel}")
         save_corpus(self.folder / "corpus.parquet", splits)
-        return {"funnel": asdict(funnel)}
+        return {"funnel": funnel.counts, "examples": funnel.examples}
 
     def encode(self) -> dict[str, Any]:
         self._check_tasks()
@@ -328,7 +339,7 @@ class _Line:
         size = section.embedding_size
         projection = fit_pca(vectors, size) if size and size < vectors.shape[1] else None
         texts, vectors = inputs[:_FIT_TEXTS], vectors[:_FIT_TEXTS]
-        targets, counted = project(vectors, projection), _list_inputs(source, self.training_texts)
+        targets, counted = project(vectors, projection), list_inputs(source, self.training_texts)
         layers: list[int] | None = None
         if plan:
             student, layers = build_student(source, plan, texts, vectors, projection=projection, counted=counted)
@@ -387,7 +398,10 @@ class _Line:
         projection = load_projection(self.folder / name)
         dtype = self._choose_dtype("student", self.recipe.training.dtype)
         for number, (on, part, section) in enumerate(self.recipe.training.phases):
-            lessons = self._list_lessons(student, projection, on)
+            targets = self.teacher.open_targets(self.training_texts)
+            lessons = list_lessons(
+                student, self.corpus["train"], self.training_texts, targets, projection=projection, on=on
+            )
             live = load(self.located) if set(section.objectives.used) & set(LIVE) else None
             train(
                 student,
@@ -403,31 +417,11 @@ class _Line:
             )
         return student
 
-    def _list_lessons(self, student: SentenceTransformer, projection: Matrix | None, on: Phase) -> Lessons:
-        """Return the texts of a phase, as the student sees them, with what the teacher makes of them."""
-        texts = self.training_texts
-        queries = np.repeat([kind == "query" for kind in texts], [len(some) for some in texts.values()])
-        partners = _find_partners(self.corpus["train"], texts)
-        chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": partners[:, 0] >= 0}[on]
-        rows, inputs = np.flatnonzero(chosen), _list_inputs(student, texts)
-        if len(rows) < 2:
-            found, expected = f"{len(rows)} texts to train on", "corpus.query_column or corpus.pairs, which make some"
-            raise UsageError(f"training.then.on: {on}", found, expected)
-        moved = np.full(len(inputs) + 1, -1)
-        moved[rows] = np.arange(len(rows))
-        targets = self.teacher.open_targets(texts)
-        return Lessons(
-            inputs=[inputs[row] for row in rows],
-            queries=queries[rows],
-            targets=lambda batch: project(targets(rows[batch]), projection),
-            partners=moved[partners[rows]],
-        )
-
     def _open_dev(self, student: SentenceTransformer, projection: Matrix | None) -> Dev | None:
         if not any(self.dev_texts.values()):
             return None
         vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.dev_texts.items() if texts]
-        inputs, score = _list_inputs(student, self.dev_texts), self._score if self._dev_tasks else None
+        inputs, score = list_inputs(student, self.dev_texts), self._score if self._dev_tasks else None
         return Dev(inputs, project(np.concatenate(vectors), projection), score)
 
     @cached_property
@@ -497,6 +491,8 @@ class _Line:
             ),
             margin=section.margin,
             corpus=self.stages.facts("corpus")["funnel"] | {f"vectors {name}": count for name, count in faults.items()},
+            examples=self.stages.facts("corpus")["examples"]
+            | {f"vectors {name}": texts for name, texts in read_json(self.folder / TARGETS)["examples"].items()},
             seconds=self.stages.seconds,
             skipped=facts["skipped"],
             planned=facts["planned"],
@@ -535,42 +531,3 @@ class _Line:
         with written_aside(folder) as part:
             part.mkdir()
             save_student(student, part, projection, space)
-
-
-def _list_inputs(model: SentenceTransformer, texts_by_kind: Mapping[Kind, Sequence[str]]) -> list[str]:
-    """Return texts as a model sees them, with its prompts."""
-    return [find_prompt(model, kind) + text for kind, texts in texts_by_kind.items() for text in texts]
-
-
-def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]]) -> npt.NDArray[np.int64]:
-    """Return the rows of each text's positive and negative, shape (n_texts, 2); -1: it has none.
-
-    Rows count through the texts of all kinds in turn. The positive of a query is its document, that of a document the
-    first of its queries.
-    """
-    starts = np.cumsum([0, *(len(some) for some in texts.values())]).tolist()
-    rows = {
-        (kind, text): start + number
-        for (kind, some), start in zip(texts.items(), starts, strict=False)
-        for number, text in enumerate(some)
-    }
-    partners = np.full((starts[-1], 2), -1)
-    for record in records:
-        query, document = rows.get(("query", record.query or "")), rows.get(("document", record.document))
-        if query is not None and document is not None:
-            partners[query] = document, rows.get(("document", record.negative or ""), -1)
-            if partners[document, 0] < 0:
-                partners[document, 0] = query
-    return partners
-
-
-def _texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:
-    """Return the distinct texts of records by what they are; kinds that have none are left out."""
-    texts: dict[Kind, dict[str, None]] = {"document": {}, "query": {}}
-    for record in records:
-        texts["document"][record.document] = None
-        if record.negative:
-            texts["document"][record.negative] = None
-        if record.query:
-            texts["query"][record.query] = None
-    return {kind: list(some) for kind, some in texts.items() if some}

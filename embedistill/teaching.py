@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill.corpus.records import Record
 from embedistill.errors import UsageError
 from embedistill.progress import note, progress_bar
-from embedistill.recipe import CourseSection, TrainingSection
-from embedistill.student.head import Matrix
+from embedistill.recipe import CourseSection, Phase, TrainingSection
+from embedistill.student.head import Matrix, project
+from embedistill.teacher import Kind, find_prompt
 from embedistill.training.batches import Batching, Rows, Targets, find_neighbours, shorten, spread_from_centres
 from embedistill.training.internals import Internals
 from embedistill.training.loop import Schedule
@@ -39,6 +41,84 @@ class Lessons:
     queries: npt.NDArray[np.bool_]
     targets: Targets
     partners: Rows
+
+
+def list_lessons(
+    student: SentenceTransformer,
+    records: Iterable[Record],
+    texts: Mapping[Kind, Sequence[str]],
+    targets: Targets,
+    *,
+    projection: Matrix | None,
+    on: Phase,
+) -> Lessons:
+    """Return the texts of a phase of the training, with what the teacher makes of them.
+
+    Args:
+        student: Its prompts stand before the texts.
+        records: What the texts are of.
+        texts: By kind.
+        targets: The teacher's vectors, by row through the texts of all kinds in turn.
+        projection: From the teacher's space to the student's.
+        on: Which texts the phase is on.
+
+    Raises:
+        UsageError: There are fewer than two such texts.
+    """
+    queries = np.repeat([kind == "query" for kind in texts], [len(some) for some in texts.values()])
+    partners = _find_partners(records, texts)
+    chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": partners[:, 0] >= 0}[on]
+    rows, inputs = np.flatnonzero(chosen), list_inputs(student, texts)
+    if len(rows) < 2:
+        found, expected = f"{len(rows)} texts to train on", "corpus.query_column or corpus.pairs, which make some"
+        raise UsageError(f"training.then.on: {on}", found, expected)
+    moved = np.full(len(inputs) + 1, -1)
+    moved[rows] = np.arange(len(rows))
+    return Lessons(
+        inputs=[inputs[row] for row in rows],
+        queries=queries[rows],
+        targets=lambda batch: project(targets(rows[batch]), projection),
+        partners=moved[partners[rows]],
+    )
+
+
+def list_inputs(model: SentenceTransformer, texts_by_kind: Mapping[Kind, Sequence[str]]) -> list[str]:
+    """Return texts as a model sees them, with its prompts."""
+    return [find_prompt(model, kind) + text for kind, texts in texts_by_kind.items() for text in texts]
+
+
+def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]]) -> npt.NDArray[np.int64]:
+    """Return the rows of each text's positive and negative, shape (n_texts, 2); -1: it has none.
+
+    Rows count through the texts of all kinds in turn. The positive of a query is its document, that of a document the
+    first of its queries.
+    """
+    starts = np.cumsum([0, *(len(some) for some in texts.values())]).tolist()
+    rows = {
+        (kind, text): start + number
+        for (kind, some), start in zip(texts.items(), starts, strict=False)
+        for number, text in enumerate(some)
+    }
+    partners = np.full((starts[-1], 2), -1)
+    for record in records:
+        query, document = rows.get(("query", record.query or "")), rows.get(("document", record.document))
+        if query is not None and document is not None:
+            partners[query] = document, rows.get(("document", record.negative or ""), -1)
+            if partners[document, 0] < 0:
+                partners[document, 0] = query
+    return partners
+
+
+def texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:
+    """Return the distinct texts of records by what they are; kinds that have none are left out."""
+    texts: dict[Kind, dict[str, None]] = {"document": {}, "query": {}}
+    for record in records:
+        texts["document"][record.document] = None
+        if record.negative:
+            texts["document"][record.negative] = None
+        if record.query:
+            texts["query"][record.query] = None
+    return {kind: list(some) for kind, some in texts.items() if some}
 
 
 def make_loss(

@@ -1,20 +1,27 @@
 import csv
 import gzip
+import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedistill import hub
 from embedistill.corpus.docstrings import _to_record, find_packages, read_docstrings
+from embedistill.corpus.filtering import drop_near_duplicates, make_filter
 from embedistill.corpus.preparation import prepare
-from embedistill.corpus.reading import Columns, _parse_hub_name, describe_source, read_corpus
+from embedistill.corpus.reading import Columns, _parse_hub_name, describe_source, read_corpus, read_pairs
 from embedistill.corpus.records import Record, load_corpus, save_corpus
+from embedistill.corpus.selection import select, share_out
 from embedistill.errors import EmbedistillError, UsageError
 
+anything = make_filter(1, damaged=False, language=None)
 TEXTS = ["Ein Öl.", "two words", "three, with comma"]
 
 
@@ -96,7 +103,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, None, "y" * 60, "other", "more"]))
     records = read(path, bad_rows="skip", max_characters=50)
     assert records.count(None) == 2
-    _, funnel = prepare(records, min_characters=1, size=None, holdout=0.4, seed=0)
+    _, funnel = prepare(records, find_rule=anything, size=None, holdout=0.4, seed=0)
     assert (funnel.read, funnel.bad) == (7, 2)
 
 
@@ -155,7 +162,7 @@ def test_documents_are_without_their_query() -> None:
 
 def test_preparation_does_not_depend_on_the_order_of_reading() -> None:
     records = [Record(f"text number {i}") for i in range(50)]
-    settings = {"min_characters": 1, "size": 20, "holdout": 0.25, "seed": 3}
+    settings = {"find_rule": anything, "size": 20, "holdout": 0.25, "seed": 3}
     forward, funnel = prepare(records, **settings)  # type: ignore[arg-type]
     backward, _ = prepare(reversed(records), **settings)  # type: ignore[arg-type]
     assert forward == backward
@@ -167,7 +174,7 @@ def test_preparation_does_not_depend_on_the_order_of_reading() -> None:
 def test_nothing_held_out_or_evaluated_is_trained_on() -> None:
     records = [Record(f"Text number {i}", query=f"number {i % 5}") for i in range(40)]
     splits, funnel = prepare(
-        records, min_characters=1, size=None, holdout=0.05, seed=0, evaluation_texts={"text NUMBER  7", "number 3"}
+        records, find_rule=anything, size=None, holdout=0.05, seed=0, evaluation_texts={"text NUMBER  7", "number 3"}
     )
     trained = {text for record in splits["train"] for text in record.texts}
     assert not trained & {text for record in splits["holdout"] for text in record.texts}
@@ -184,14 +191,18 @@ def test_duplicates_and_short_texts_are_counted() -> None:
         Record("three"),
         Record("four"),
     ]
-    splits, funnel = prepare(records, min_characters=2, size=None, holdout=0.5, seed=0)
+    splits, funnel = prepare(
+        records, find_rule=make_filter(2, damaged=False, language=None), size=None, holdout=0.5, seed=0
+    )
     assert str(funnel) == "6 read, 1 short, 1 duplicate, 2 train, 2 holdout"
     assert len(splits["train"]) == 2
 
 
 def test_a_corpus_of_nothing_says_what_became_of_it() -> None:
     with pytest.raises(UsageError, match=r"0 records to train on and 0 to hold out \(3 read, 3 short\)"):
-        prepare([Record("a")] * 3, min_characters=5, size=None, holdout=0.1, seed=0)
+        prepare(
+            [Record("a")] * 3, find_rule=make_filter(5, damaged=False, language=None), size=None, holdout=0.1, seed=0
+        )
 
 
 def test_a_corpus_survives_the_disk(tmp_path: Path) -> None:
@@ -222,3 +233,85 @@ def test_a_docstring_becomes_a_record() -> None:
 def test_docstrings_of_an_installed_package() -> None:
     records = list(read_docstrings(find_packages(["filelock"])[0]))
     assert any(record.text.startswith("filelock.") and record.query for record in records)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("An ordinary English sentence about the weather of today.", None),
+        ("x", "short"),
+        ("Itâ€™s broken, as UTF-8 that was read as Windows-1252 is.", "damaged"),
+        ("A character was lost here: \ufffd, and nobody saw it.", "damaged"),
+        ("Dies ist ein ganz gewöhnlicher deutscher Satz über das Wetter.", "language"),
+        ("Kurz.", None),
+    ],
+)
+def test_rules_have_names(text: str, rule: str | None) -> None:
+    assert make_filter(3, damaged=True, language="en")(Record(text)) == rule
+
+
+def test_what_is_left_out_is_counted_with_examples() -> None:
+    records = [Record(f"text number {number}") for number in range(20)] + [
+        Record("xy" * (number + 1)) for number in range(2)
+    ]
+    _, funnel = prepare(records, find_rule=make_filter(5, damaged=False, language=None), size=None, holdout=0.2, seed=0)
+    assert funnel.counts["short"] == 2
+    assert sorted(funnel.examples["short"]) == ["xy", "xyxy"]
+
+
+def test_near_duplicates_are_dropped_and_counted() -> None:
+    text = "The quick brown fox jumps over the lazy dog while the sun goes down behind the hills"
+    records = [Record(text), Record(text + "."), Record("Something else altogether is written in this one here")]
+    kept, dropped = drop_near_duplicates(records)
+    assert ([one.text for one in kept], dropped) == ([text, records[2].text], [records[1]])
+    many = records + [Record(hashlib.sha256(bytes([number])).hexdigest()) for number in range(8)]
+    _, funnel = prepare(many, find_rule=anything, size=None, holdout=0.2, seed=0, near_duplicates=False)
+    assert funnel.near_duplicate == 1
+
+
+def test_shares_are_as_even_as_counts_allow() -> None:
+    assert share_out(Counter(a=2, b=50, c=50), 20) == {"a": 2, "b": 9, "c": 9}
+    assert share_out(Counter(a=2, b=3), 20) == {"a": 2, "b": 3}
+
+
+def test_records_are_selected_evenly_by_source_and_length() -> None:
+    records = [
+        Record("x" * (10 if number % 10 else 200), "rare" if number % 10 == 3 else "often") for number in range(100)
+    ]
+    assert Counter(record.source for record in select(records, 20, "source")) == {"rare": 10, "often": 10}
+    assert Counter(len(record.text) for record in select(records, 20, "length")) == {10: 10, 200: 10}
+    assert select(records, 20, "random") == records[:20]
+    assert select(records, None, "source") == records
+
+
+def test_a_diverse_selection_takes_of_every_cluster() -> None:
+    """Ninety texts of one kind and ten of another; by chance two of twenty would be of the second."""
+    records = [Record(f"common {number}" if number % 10 else f"rare {number}") for number in range(100)]
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        jitter = np.random.default_rng(0).normal(scale=0.01, size=(len(texts), 3))
+        found = np.array([[1, 0, 0] if text.startswith("common") else [0, 1, 0] for text in texts]) + jitter
+        return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+    chosen = select(records, 60, "diversity", embed)
+    assert len(chosen) == 60
+    assert sum(record.text.startswith("rare") for record in chosen) == 10
+
+
+def test_pairs_are_records_with_a_query(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"anchor": "a question", "positive": "an answer", "negative": "no answer"}\n')
+    (record,) = read_pairs(path, max_characters=100, bad_rows="error")
+    assert record == Record("an answer", "pairs", "a question", "no answer")
+    assert record.texts == ["an answer", "a question", "no answer"]
+    path.write_text('{"anchor": "a question", "answer": "an answer"}\n')
+    with pytest.raises(UsageError, match="no column 'positive'"):
+        list(read_pairs(path, max_characters=100, bad_rows="error"))
+
+
+def test_a_corpus_of_several_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first\n")
+    (tmp_path / "b.txt").write_text("second\n")
+    sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert [record.text for record in read_corpus(sources, Columns()) if record] == ["first", "second"]
+    assert len(describe_source(sources)) == 2

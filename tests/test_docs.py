@@ -152,11 +152,11 @@ def test_the_page_on_students_runs(
 def test_the_page_on_training_runs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(run_page(TRAINING, {"384, 128": "16, 8"}, monkeypatch, capsys)) == 3
+    assert len(run_page(TRAINING, {"384, 128": "16, 8"}, monkeypatch, capsys)) == 5
     logs = [path.read_text() for path in place.glob("runs/*/training_log.jsonl")]
-    assert len(logs) == 3
-    named = set(re.findall(r"`(dev_(?!size|steps)\w+)`", TRAINING))
+    assert len(logs) == 5
+    named = set(re.findall(r"`(dev_(?!size|steps|task|score)\w+)`", TRAINING))
     for log in logs:
         entries = [json.loads(line) for line in log.splitlines()]
         assert named <= set(next(entry for entry in entries if entry["step"] == 0))
-    assert any("similarity" in json.loads(log.splitlines()[-2]) for log in logs)
+    assert any("similarity" in json.loads(line) for log in logs for line in log.splitlines())

@@ -92,7 +92,7 @@ def test_a_temperature_is_a_number_or_goes_from_one_to_another(tmp_path: Path) -
     assert (constant.start, constant.end) == (0.1, None)
     moving = load_recipe(write(tmp_path, GOOD), "training.temperature.start=0.1", "training.temperature.end=0.02")
     assert (moving.training.temperature.start, moving.training.temperature.end) == (0.1, 0.02)
-    with pytest.raises(UsageError, match=r"training\.temperature: 0; expected greater than 0"):
+    with pytest.raises(UsageError, match=r"training\.temperature: 0; expected above 0"):
         load_recipe(write(tmp_path, GOOD + "training: {temperature: 0}"))
 
 

@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import asdict, dataclass, field
 
+from embedistill.corpus.filtering import Rule, drop_near_duplicates
 from embedistill.corpus.records import Record, Split
+from embedistill.corpus.selection import By, Embed, select
 from embedistill.errors import UsageError
+
+_EXAMPLES = 10
 
 
 @dataclass
 class Funnel:
-    """How many records were read, and what became of them."""
+    """How many records were read, and what became of them; with some of those that were left out, by reason."""
 
     read: int = 0
     bad: int = 0
     short: int = 0
+    damaged: int = 0
+    language: int = 0
     duplicate: int = 0
+    near_duplicate: int = 0
     not_selected: int = 0
     in_evaluation: int = 0
     train: int = 0
     holdout: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The counts by name."""
+        return {name: count for name, count in asdict(self).items() if name != "examples"}
 
     def __str__(self) -> str:
         """Name the counts that are not zero."""
-        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count)
+        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.counts.items() if count)
+
+    def drop(self, reason: str, text: str) -> None:
+        """Count a record that is left out, and keep its text as one of ten examples."""
+        setattr(self, reason, getattr(self, reason) + 1)
+        if len(self.examples.setdefault(reason, [])) < _EXAMPLES:
+            self.examples[reason].append(text[:200])
 
 
 def prepare(
     records: Iterable[Record | None],
     *,
-    min_characters: int,
+    find_rule: Callable[[Record], Rule | None],
     size: int | None,
     holdout: float,
     seed: int,
+    by: By = "random",
+    embed: Embed | None = None,
+    near_duplicates: bool = True,
     evaluation_texts: Collection[str] = (),
 ) -> tuple[dict[Split, list[Record]], Funnel]:
     """Filter, deduplicate, select and split records.
@@ -44,42 +66,63 @@ def prepare(
 
     Args:
         records: What was read; None is a bad row.
-        min_characters: Shorter texts are dropped.
-        size: At most this many records are selected, at random; None: all.
+        find_rule: Names the rule that a record breaks, which is then left out.
+        size: At most this many records are selected; None: all.
         holdout: Share of the selected records that is held out.
         seed: Seed of the order.
+        by: How records are selected.
+        embed: What diversity is told by.
+        near_duplicates: Whether texts that are nearly the same are kept.
         evaluation_texts: No training record holds one of these texts, whatever its case and spacing.
 
     Raises:
         UsageError: Fewer than two records are left for training or for evaluation.
     """
     funnel = Funnel()
-    unique: dict[str, Record] = {}
-    for record in records:
-        funnel.read += 1
-        if record is None:
-            funnel.bad += 1
-        elif len(record.text) < min_characters or not record.document:
-            funnel.short += 1
-        elif _normal(record.text) in unique:
-            funnel.duplicate += 1
-        else:
-            unique[_normal(record.text)] = record
-    order = sorted(unique.values(), key=lambda record: hashlib.sha256(f"{seed}:{record.text}".encode()).digest())
-    selected = order[:size]
+    unique = list(_sift(records, find_rule, funnel))
+    order = sorted(unique, key=lambda record: hashlib.sha256(f"{seed}:{record.text}".encode()).digest())
+    if not near_duplicates:
+        order, repeated = drop_near_duplicates(order)
+        for record in repeated:
+            funnel.drop("near_duplicate", record.text)
+    selected = select(order, size, by, embed)
     funnel.not_selected = len(order) - len(selected)
     cut = max(2, round(holdout * len(selected)))
     held_out, rest = selected[:cut], selected[cut:]
     seen = {_normal(text) for text in evaluation_texts} | {
         _normal(text) for record in held_out for text in record.texts
     }
-    train = [record for record in rest if not any(_normal(text) in seen for text in record.texts)]
-    funnel.in_evaluation = len(rest) - len(train)
+    train = []
+    for record in rest:
+        if any(_normal(text) in seen for text in record.texts):
+            funnel.drop("in_evaluation", record.text)
+        else:
+            train.append(record)
     funnel.train, funnel.holdout = len(train), len(held_out)
     if len(train) < 2 or len(held_out) < 2:
         found = f"{len(train)} records to train on and {len(held_out)} to hold out ({funnel})"
         raise UsageError("corpus", found, "two of each at the very least", "give it more texts, or loosen its filters")
     return {"train": train, "holdout": held_out}, funnel
+
+
+def _sift(
+    records: Iterable[Record | None], find_rule: Callable[[Record], Rule | None], funnel: Funnel
+) -> Iterable[Record]:
+    """Yield the records that break no rule and have a text of their own, and count the others."""
+    seen: set[str] = set()
+    for record in records:
+        funnel.read += 1
+        if record is None:
+            funnel.bad += 1
+            continue
+        rule, normal = find_rule(record), _normal(record.text)
+        if rule:
+            funnel.drop(rule, record.text)
+        elif normal in seen:
+            funnel.drop("duplicate", record.text)
+        else:
+            seen.add(normal)
+            yield record
 
 
 def _normal(text: str) -> str:

@@ -10,14 +10,12 @@ from embedistill.recipe.sections import (
     KNOWN_ITEM,
     AssistantSection,
     CorpusSection,
-    CourseSection,
-    Dtype,
-    Phase,
     Recipe,
     ShapeSection,
     StudentSection,
-    TrainingSection,
 )
+from embedistill.recipe.training import CourseSection, TrainingSection
+from embedistill.recipe.values import Dtype, Phase
 
 __all__ = [
     "AGREEMENT",

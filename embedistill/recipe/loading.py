@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from embedistill.errors import RecipeError, UsageError
 from embedistill.recipe.notation import Dumper, Location, apply_override, read_yaml
-from embedistill.recipe.sections import CourseSection, Recipe
+from embedistill.recipe.sections import Recipe
+from embedistill.recipe.training import CourseSection
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"
 RECIPES = _SHIPPED if _SHIPPED.is_dir() else _SHIPPED.parents[1] / "recipes"  # in a wheel, or in a checkout

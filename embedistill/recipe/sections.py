@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from embedistill.files import fingerprint
+from embedistill.recipe.training import TrainingSection
+from embedistill.recipe.values import Count, Dtype, Fault, Positive, Section, Share, Storage
 
 AGREEMENT = "agreement"
 KNOWN_ITEM = "known-item"
-
-Share = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Phase = Literal["all", "pairs", "queries"]
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
-Fault = Literal["not-finite", "zero-norm", "cut", "equal", "outlier"]
-
-
 _LIVE = {"layers", "attention"}  # terms that look into the teacher, which then runs on the student's tokens
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class TeacherSection(_Section):
+class TeacherSection(Section):
     """The model to distil."""
 
     model: str = Field(description="A folder, or a model id such as sentence-transformers/all-mpnet-base-v2.")
@@ -44,7 +30,7 @@ class TeacherSection(_Section):
     )
 
 
-class EncodingSection(_Section):
+class EncodingSection(Section):
     """How the teacher's embeddings are made, kept, and judged."""
 
     storage: Storage = Field("float16", description="Number format in the cache: float32, float16, bfloat16 or int8.")
@@ -71,14 +57,18 @@ class EncodingSection(_Section):
         return drop
 
 
-class SelectSection(_Section):
+class SelectSection(Section):
     """Which records of the corpus are used."""
 
     size: Count | None = Field(None, description="At most this many records, training and held out; default: all.")
-    by: Literal["random"] = Field("random", description="How they are selected: random.")
+    by: Literal["random", "source", "length", "diversity"] = Field(
+        "random",
+        description="How they are selected: random, or evenly: by the column source, by length (a share for each "
+        "doubling), or by diversity (in clusters of cheap embeddings).",
+    )
 
 
-class CorpusSection(_Section):
+class CorpusSection(Section):
     """The texts to distil on."""
 
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
@@ -98,6 +88,13 @@ class CorpusSection(_Section):
         "error", description="A row whose text is missing, no string or too long: error, or skip and count it."
     )
     min_characters: Count = Field(3, description="Shorter texts are left out.")
+    drop_damaged: bool = Field(False, description="Leave out texts that were decoded wrongly, as ftfy finds.")
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None = Field(
+        None, description="Leave out texts of another language than this, such as en, as langid finds."
+    )
+    near_duplicates: Literal["keep", "drop"] = Field(
+        "keep", description="Texts that are nearly the same as another, by MinHash: keep, or drop all but one."
+    )
     max_characters: Count = Field(100_000, description="A longer text is a bad row.")
     select: SelectSection = SelectSection()
     holdout: Share = Field(0.05, description="Share of the records that is never trained on, for evaluation.")
@@ -118,7 +115,7 @@ def _read_count(value: Any) -> Any:
         return value
 
 
-class ShapeSection(_Section):
+class ShapeSection(Section):
     """The sizes of a transformer that is made of the teacher's weights."""
 
     layers: Count | list[int] | None = Field(
@@ -195,147 +192,7 @@ class StudentSection(ShapeSection):
         return self
 
 
-class CourseSection(_Section):
-    """A number on its way through training. A number in its place is constant."""
-
-    start: Annotated[float, Field(ge=0)] = Field(description="At the first step.")
-    end: Annotated[float, Field(ge=0)] | None = Field(None, description="At the last step; default: as at the first.")
-    schedule: Literal["linear", "cosine"] = Field("cosine", description="How it goes from one to the other.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_number(cls, given: Any) -> Any:
-        return {"start": given} if isinstance(given, int | float) and not isinstance(given, bool) else given
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Its first and last value."""
-        return self.start, self.start if self.end is None else self.end
-
-
-def _term(description: str, start: float = 0.0) -> Any:
-    return Field(default_factory=lambda: CourseSection(start=start), description=description)
-
-
-class ObjectivesSection(_Section):
-    """Weights of the terms of the loss: numbers, or sections with start, end and schedule."""
-
-    embedding: CourseSection = _term("1 - cosine to the teacher's embedding.", 1.0)
-    similarity: CourseSection = _term("KL divergence of the student's in-batch similarities from the teacher's.")
-    matrix: CourseSection = _term("Squared difference of in-batch similarities to the teacher's.")
-    contrastive: CourseSection = _term("InfoNCE: the teacher's embedding of the text among those of the batch.")
-    ranking: CourseSection = _term("Margins between nearest neighbours and other texts, as large as the teacher's.")
-    pairs: CourseSection = _term("InfoNCE of queries and documents, or of corpus.pairs; false negatives masked.")
-    layers: CourseSection = _term("Hidden states of the teacher's layers; the teacher runs beside the student.")
-    attention: CourseSection = _term("Attention relations of the teacher's layers (MiniLMv2); as layers.")
-    spread: CourseSection = _term("Orthogonality of the batch: keeps embeddings apart.")
-
-    @property
-    def used(self) -> dict[str, CourseSection]:
-        """The terms that have a weight at some time."""
-        return {name: value for name in type(self).model_fields if max((value := getattr(self, name)).ends) > 0}
-
-    @model_validator(mode="after")
-    def _has_a_term(self) -> ObjectivesSection:
-        if not set(self.used) & {"embedding", "similarity", "matrix", "contrastive"}:
-            raise ValueError("one weight above 0 of a term that follows the teacher's embeddings")
-        return self
-
-
-class PhaseSection(_Section):
-    """A second training behind the first, on some of its texts; what is not named here is as in the first."""
-
-    on: Phase = Field("pairs", description="Its texts: all, pairs, or queries.")
-    share: Share = Field(0.2, description="Its share of the training's epochs, minutes and steps.")
-    learning_rate: Positive = Field(2e-5, description="Its peak learning rate.")
-    objectives: ObjectivesSection = Field(
-        default_factory=lambda: ObjectivesSection(pairs=CourseSection(start=0.1)),
-        description="Its terms.",
-    )
-
-
-class TrainingSection(_Section):
-    """How the student is trained."""
-
-    epochs: Positive = Field(3.0, description="Passes over the training texts, at most.")
-    minutes: Positive | None = Field(None, description="Time for training, at most; the schedule is fitted to it.")
-    steps: Count | None = Field(None, description="Steps of training, at most.")
-    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Texts a step, at most.")
-    batch_tokens: Count | None = Field(None, description="Tokens a step, at most, as estimated; default: no bound.")
-    learning_rate: Positive = Field(2e-4, description="Peak learning rate; linear warm-up, cosine decay to zero.")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the steps that warms up.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradients are clipped to this norm; 0: not.")
-    objectives: ObjectivesSection = Field(default_factory=ObjectivesSection)
-    balance: bool = Field(
-        False, description="Divide each term by its measured gradient norm: weights are ratios of gradients."
-    )
-    temperature: CourseSection | Literal["learned"] = Field(
-        default_factory=lambda: CourseSection(start=0.05),
-        description="Of the terms similarity, contrastive and pairs: a number, a section with start, end and schedule, "
-        "or learned.",
-    )
-    matryoshka: list[Count] = Field(
-        [], description="Numbers of first dimensions that every term looks at, such as 384 and 128; default: all alone."
-    )
-    neighbours: Annotated[int, Field(ge=0)] = Field(
-        0, description="Put one of so many nearest texts, by the teacher, beside each text of a batch; 0: none."
-    )
-    curriculum: Literal["none", "length", "queries-last", "centre", "error"] = Field(
-        "none",
-        description="Easy texts first: short ones (length), documents (queries-last), those near the centre of their "
-        "cluster (centre), or those that the untrained student is near its teacher on (error).",
-    )
-    layer_pairs: list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]] = Field(
-        [],
-        description="Layers of student and teacher, from 0, that the terms layers and attention compare; default: the "
-        "upper half of the student's, each with the one it was made of, the last with the last.",
-    )
-    relation_heads: Count = Field(12, description="Heads of the attention term; must divide both widths.")
-    checkpoint_steps: Count = Field(100, description="Steps between checkpoints: what a kill can cost.")
-    average: Annotated[int, Field(ge=0)] = Field(
-        0, description="Try the mean of the weights of so many last checkpoints, and keep it where it is better."
-    )
-    dev_size: Annotated[int, Field(ge=0)] = Field(
-        256,
-        description="Texts kept out of training, a twentieth at most, to watch the student on: its best weights are "
-        "kept; 0: the last ones are.",
-    )
-    dev_steps: Count | None = Field(None, description="Steps between looks at them; default: a tenth of all.")
-    dev_task: str | None = Field(
-        None, description="An STS set, such as STSBenchmark.dev, that these looks report on as well."
-    )
-    then: PhaseSection | None = Field(None, description="A second training, on pairs or queries, behind the first.")
-    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
-        [], description="Trackers that follow the training."
-    )
-    dtype: Dtype = Field("auto", description="As teacher.dtype, for the student's training.")
-
-    @field_validator("temperature")
-    @classmethod
-    def _is_warm(cls, temperature: CourseSection | str) -> CourseSection | str:
-        if isinstance(temperature, CourseSection) and min(temperature.ends) <= 0:
-            raise ValueError("above 0")
-        return temperature
-
-    @property
-    def phases(self) -> list[tuple[Phase, float, TrainingSection]]:
-        """The trainings one after the other: on which texts, for what share of the time, and how."""
-        if self.then is None:
-            return [("all", 1.0, self)]
-        changed = {"learning_rate": self.then.learning_rate, "objectives": self.then.objectives}
-        second = self.model_copy(update=changed)
-        return [("all", 1 - self.then.share, self), (self.then.on, self.then.share, second)]
-
-    @model_validator(mode="after")
-    def _is_tracked_by_what_is_there(self) -> TrainingSection:
-        missing = [name for name in self.report_to if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ValueError(f"report_to with {', '.join(missing)} installed: pip install {' '.join(missing)}")
-        return self
-
-
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What teacher and student are compared on."""
 
     tasks: list[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]] = Field(
@@ -356,14 +213,14 @@ class EvaluationSection(_Section):
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """The FAISS index of the corpus that a run ends with."""
 
     question: str = Field(description="Answered from the index when the run is done.")
     results: Count = Field(3, description="How many results are shown.")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. `load_recipe` makes one of a name or a file."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(description="Name of the run's folder under runs/.")

@@ -26,6 +26,7 @@ class Report:
         comparisons: One a metric.
         margin: Of the verdicts.
         corpus: What became of the corpus, counts by name.
+        examples: Some of the texts that were left out, or whose vectors have a fault, by reason.
         seconds: By stage.
         skipped: Tasks that were asked for and could not be had.
         judged: Roles that the verdict is on.
@@ -37,6 +38,7 @@ class Report:
     comparisons: Sequence[Comparison]
     margin: float | None = None
     corpus: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: Sequence[str] = ()
     judged: Sequence[str] = ("student",)

@@ -47,6 +47,12 @@ class Dev:
         student.train()
         return measure(vectors, self.vectors)
 
+    def score_too(self, student: SentenceTransformer) -> dict[str, float]:
+        """Return the other score by its name in the log, if there is one; the student is in training mode again."""
+        scores = {"dev_score": self.score(student)} if self.score else {}
+        student.train()
+        return scores
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -131,18 +137,19 @@ class KeepBest(TrainerCallback):
         """Read the untrained student, where training does not go on from a checkpoint."""
         if state.global_step == 0:
             remove(self._described)
-            self._read(state)
+            self._read(state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read the student where it is time to."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._read(state)
+            self._read(state, control)
 
-    def _read(self, state: TrainerState) -> None:
+    def _read(self, state: TrainerState, control: TrainerControl) -> None:
         reading = self._look()
         entry = {f"dev_{name}": value for name, value in asdict(reading).items()}
-        self.log(entry | ({"dev_score": self.dev.score(self.student)} if self.dev.score else {}))
-        self.student.train()
+        due = control.should_log
+        self.log(entry | self.dev.score_too(self.student))
+        control.should_log = due  # a log of ours is not the one that the trainer is due
         score = getattr(reading, self.criterion)
         if not self._described.is_file() or score > read_json(self._described)["score"]:
             self._keep(score, step=state.global_step)

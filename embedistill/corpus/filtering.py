@@ -1,0 +1,82 @@
+"""Which texts are not worth a teacher's time: rules with a name each."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from embedistill.corpus.records import Record
+from embedistill.errors import UsageError
+
+Rule = Literal["short", "damaged", "language"]
+
+_SIMILAR = 0.8
+_PERMUTATIONS = 64
+_SHINGLE = 5
+_CERTAIN_CHARACTERS = 40  # below, a language cannot be told with any certainty
+
+
+def make_filter(min_characters: int, *, damaged: bool, language: str | None) -> Callable[[Record], Rule | None]:
+    """Return what names the first rule that a record breaks; None: it breaks none.
+
+    short: fewer characters than asked for, or nothing but its own query. damaged: text that was decoded wrongly, by
+    ftfy's heuristic, or holds U+FFFD. language: another language, by langid, of texts of at least 40 characters.
+
+    Args:
+        min_characters: Of a text.
+        damaged: Whether to look for damage.
+        language: The ISO 639-1 code of the only language wanted; None: any.
+
+    Raises:
+        UsageError: A rule needs a package that is not installed.
+    """
+    is_bad = _load("ftfy.badness", "corpus.drop_damaged").is_bad if damaged else None
+    classify = _load("py3langid", "corpus.language").classify if language else None
+
+    def find(record: Record) -> Rule | None:
+        text = record.text
+        if len(text) < min_characters or not record.document:
+            return "short"
+        if is_bad and ("\ufffd" in text or is_bad(text)):
+            return "damaged"
+        if classify and len(text) >= _CERTAIN_CHARACTERS and classify(text)[0] != language:
+            return "language"
+        return None
+
+    return find
+
+
+def drop_near_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the records that are unlike all before them, and those that are not.
+
+    Alike are texts whose runs of five characters have a Jaccard similarity of about 0.8, by MinHash with 64
+    permutations and locality-sensitive hashing (Broder, 1997; datasketch): near the border, chance decides.
+
+    Raises:
+        UsageError: datasketch is not installed.
+    """
+    datasketch = _load("datasketch", "corpus.near_duplicates")
+    index = datasketch.MinHashLSH(threshold=_SIMILAR, num_perm=_PERMUTATIONS)
+    kept, dropped = [], []
+    for number, record in enumerate(records):
+        text = " ".join(record.text.casefold().split())
+        shingles = {text[start : start + _SHINGLE].encode() for start in range(max(1, len(text) - _SHINGLE + 1))}
+        sketch = datasketch.MinHash(num_perm=_PERMUTATIONS)
+        sketch.update_batch(list(shingles))
+        if index.query(sketch):
+            dropped.append(record)
+        else:
+            index.insert(number, sketch)
+            kept.append(record)
+    return kept, dropped
+
+
+@functools.cache
+def _load(module: str, setting: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        do = "pip install 'embedistill[filter]'"
+        raise UsageError(setting, f"{module.split('.', maxsplit=1)[0]} is not installed", do=do) from None

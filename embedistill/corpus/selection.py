@@ -1,0 +1,80 @@
+"""Which records of a corpus are used, where there are more than can be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from embedistill.corpus.records import Record
+from embedistill.progress import progress_bar
+
+By = Literal["random", "source", "length", "diversity"]
+Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+"""From texts to cheap unit vectors, (n_texts, dim)."""
+
+_CHUNK = 8192
+_CLUSTER_RECORDS = 50
+_MOST_CLUSTERS = 2_000
+_SAMPLE_PER_CLUSTER = 50
+
+
+def select(records: Sequence[Record], size: int | None, by: By, embed: Embed | None = None) -> list[Record]:
+    """Return so many records, in the order they came.
+
+    random takes the first, so that the order has to be one by chance. The others cut the corpus into groups and take as
+    even a number of each as there are, first come first: by source; by length, a group for each doubling of characters;
+    by diversity, in k-means clusters of cheap embeddings.
+
+    Args:
+        records: In random order.
+        size: How many; None: all.
+        by: How.
+        embed: What diversity is told by.
+    """
+    if size is None or size >= len(records):
+        return list(records)
+    match by:
+        case "random":
+            return list(records[:size])
+        case "source":
+            groups = [record.source for record in records]
+        case "length":
+            groups = [str(len(record.text).bit_length()) for record in records]
+        case "diversity":
+            if embed is None:
+                raise ValueError("diversity needs embed")
+            groups = _cluster(records, min(size // _CLUSTER_RECORDS + 1, _MOST_CLUSTERS), embed)
+    quotas = share_out(Counter(groups), size)
+    chosen = []
+    for record, group in zip(records, groups, strict=True):
+        if quotas[group] > 0:
+            quotas[group] -= 1
+            chosen.append(record)
+    return chosen
+
+
+def share_out(counts: Counter[str], size: int) -> dict[str, int]:
+    """Return how many to take of each group, as even as their counts allow, `size` in all (or all there are)."""
+    quotas, left = {}, size
+    for number, (group, count) in enumerate(sorted(counts.items(), key=lambda item: (item[1], item[0]))):
+        quotas[group] = min(count, left // (len(counts) - number))
+        left -= quotas[group]
+    return quotas
+
+
+def _cluster(records: Sequence[Record], n_clusters: int, embed: Embed) -> list[str]:
+    chunks = []
+    with progress_bar("cheap embeddings", len(records), "texts") as advance:
+        for start in range(0, len(records), _CHUNK):
+            some = [record.text for record in records[start : start + _CHUNK]]
+            chunks.append(embed(some))
+            advance(len(some))
+    vectors = np.concatenate(chunks)
+    kmeans = faiss.Kmeans(vectors.shape[1], n_clusters, niter=10, spherical=True, seed=0, min_points_per_centroid=1)
+    kmeans.train(vectors[: n_clusters * _SAMPLE_PER_CLUSTER])
+    return [str(group) for group in kmeans.index.search(vectors, 1)[1][:, 0]]

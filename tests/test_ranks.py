@@ -1,0 +1,38 @@
+"""Two processes that torchrun starts train together, and come to what one comes to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_two_processes_give_the_student_of_one(recipe_file: Path, tmp_path: Path, sentences: list[str]) -> None:
+    settings = [
+        "training.steps=12",
+        "training.epochs=50",
+        "training.dtype=float32",
+        "training.learning_rate=1e-3",
+        "training.dev_size=0",
+        "training.objectives={embedding: 1, similarity: 1, contrastive: 0.5}",
+        "training.batch_size=16",
+        "evaluation.tasks=[agreement]",
+    ]
+    students = []
+    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+        run = [*launch, "-m", "embedistill", "run", str(recipe_file), *settings, "--run-dir", str(tmp_path / name)]
+        run += ["--cache-dir", str(tmp_path / "cache")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        students.append(SentenceTransformer(str(tmp_path / name / "model"), device="cpu").encode(sentences[:100]))
+        log = [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
+        assert max(entry["step"] for entry in log) == 12
+    untrained = SentenceTransformer(str(tmp_path / "one" / "untrained"), device="cpu").encode(sentences[:100])
+    assert np.abs(students[0] - untrained).max() > 0.01
+    np.testing.assert_allclose(students[1], students[0], atol=1e-4)
