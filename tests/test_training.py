@@ -20,7 +20,7 @@ from embedistill.student.planning import plan_transformer
 from embedistill.training import loop
 from embedistill.training.batches import (
     Batching,
-    LengthGroupedSampler,
+    BudgetSampler,
     TargetCollator,
     find_neighbours,
     shorten,
@@ -138,14 +138,14 @@ def test_training_takes_the_temperature_along(setting: SimpleNamespace, tmp_path
     assert sorted(set(seen)) == [0, 0.25, 0.5, 0.75]
 
 
-def sampler(texts: list[str], *, steps: int, **batching: object) -> LengthGroupedSampler:
+def sampler(texts: list[str], *, steps: int, **batching: object) -> BudgetSampler:
     lengths = np.array([len(text) for text in texts], np.float32)
     given = Batching(**{"size": 16, "seed": 1, **batching})
     dataset = Dataset.from_dict({"text": texts})
-    return LengthGroupedSampler(dataset, lengths=lengths, batching=given, steps=steps, batch_size=16, drop_last=False)
+    return BudgetSampler(dataset, lengths=lengths, batching=given, steps=steps, batch_size=16, drop_last=False)
 
 
-def test_batches_hold_every_text_once_an_epoch_and_texts_of_like_length() -> None:
+def test_batches_hold_every_text_once_an_epoch_and_texts_of_any_length() -> None:
     texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 500, 1000)]
     made = sampler(texts, steps=126)
     batches = list(made)
@@ -154,7 +154,7 @@ def test_batches_hold_every_text_once_an_epoch_and_texts_of_like_length() -> Non
         assert sorted(row for batch in epoch for row in batch) == list(range(1000))
     assert batches[:63] != batches[63:]
     spread = [max(len(texts[i]) for i in batch) - min(len(texts[i]) for i in batch) for batch in batches]
-    assert np.median(spread) < 50
+    assert min(spread[:62]) > 200
     assert batches == list(made)
 
 
@@ -191,7 +191,7 @@ def test_a_curriculum_starts_with_what_is_easy() -> None:
     texts = [str(number) for number in range(1000)]
     difficulty = np.arange(1000, dtype=np.float32)[::-1].copy()  # the last is the easiest
     batches = list(sampler(texts, steps=400, difficulty=difficulty))
-    assert min(row for batch in batches[:12] for row in batch) >= 800
+    assert min(row for batch in batches[:8] for row in batch) >= 800
     assert min(row for batch in batches[-32:] for row in batch) < 50
 
 
@@ -331,9 +331,14 @@ def test_insides_are_followed_and_nothing_of_it_stays_in_the_student(
     assert set(load_file(kept[-1])) == {"internals.maps.0.weight", "internals.maps.1.weight"}
 
 
-@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+@pytest.mark.parametrize(("architecture", "packs"), [("bert", True), ("mpnet", True), ("mpnet", False)])
 def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
-    teacher_dir: Path, mpnet_dir: Path, sentences: list[str], architecture: str
+    teacher_dir: Path,
+    mpnet_dir: Path,
+    sentences: list[str],
+    architecture: str,
+    packs: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = SentenceTransformer(str({"bert": teacher_dir, "mpnet": mpnet_dir}[architecture]), device="cpu").eval()
     features = model.preprocess([sentences[0], sentences[1] * 3, "ship", sentences[2]])
@@ -347,6 +352,9 @@ def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
         return found.detach(), grads
 
     vectors, grads = run_it()
+    if not packs:  # as on an accelerator
+        monkeypatch.setattr("embedistill.training.packed.can_pack", lambda model: False)
+        monkeypatch.setattr("embedistill.training.packed._RUNS", 2)
     with without_padding(model, torch.float32):
         packed_vectors, packed_grads = run_it()
     torch.testing.assert_close(packed_vectors, vectors, atol=1e-5, rtol=1e-5)

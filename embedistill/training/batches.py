@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ Rows = npt.NDArray[np.int64]
 Targets = Callable[[Rows], Matrix]
 """From row numbers (batch,) to the teacher's vectors in the student's space (batch, dim)."""
 
-_POOL_BATCHES = 32
+_RUN_BATCHES = 8
 _SAMPLE = 1_000
 _FIRST_SHARE = 0.2  # of the texts, the easiest, at the first step of a curriculum
 _PCA_SAMPLE, _SHORT, _CHUNK = 20_000, 128, 8192
@@ -53,15 +54,17 @@ class Batching:
     difficulty: Matrix | None = None
 
 
-class LengthGroupedSampler(DefaultBatchSampler):
-    """The batches of a whole training: random, of texts of like length, which saves padding.
+class BudgetSampler(DefaultBatchSampler):
+    """The batches of a whole training: texts by chance, as many as fit into the budgets of texts and tokens.
 
-    Every epoch is a new permutation; runs of it of 32 batches are sorted by length, cut, and the batches shuffled. With
-    difficulties there are no epochs: at a share p of the steps, texts are drawn from the sqrt(f^2 + p (1 - f^2)) of all
-    that are easiest, f being a fifth.
+    Texts of like length are not put together, which would save padding: such batches pull a student now to short texts,
+    now to long ones, and undo what it knows (`eval/LOG.md`). Padding is saved in the forward pass.
+
+    Every epoch is a new permutation. With difficulties there are no epochs: at a share p of the steps, texts are drawn
+    from the sqrt(f^2 + p (1 - f^2)) of all that are easiest, f being a fifth.
 
     Args:
-        dataset: With the column text.
+        dataset: The texts, by row.
         lengths: Tokens of each text, shape (n_texts,).
         batching: How to batch.
         steps: How many batches there are in all; each comes in as many parts as asked for.
@@ -75,10 +78,15 @@ class LengthGroupedSampler(DefaultBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the rows of each part of each batch."""
+        n_parts = self.batching.parts
         self._done = 0
-        for pool, random in self._pools():
-            for batch in _cut(pool, self.lengths, self.batching, random):
-                yield from batch
+        for rows, random in self._runs():
+            for batch in _cut(rows, self.lengths, self.batching):
+                whole = _join(batch, self.batching, random)
+                even = len(whole) - len(whole) % n_parts
+                if not even:
+                    continue
+                yield from (whole[part:even:n_parts].tolist() for part in range(n_parts))
                 self._done += 1
                 if self._done == self.steps:
                     return
@@ -87,38 +95,30 @@ class LengthGroupedSampler(DefaultBatchSampler):
         """Return how many parts there are in all."""
         return self.steps * self.batching.parts
 
-    def _pools(self) -> Iterator[tuple[Rows, np.random.Generator]]:
-        size, epoch = self.batching.size * _POOL_BATCHES, 0
+    def _runs(self) -> Iterator[tuple[Rows, np.random.Generator]]:
+        """Yield rows in random order: an epoch's, or, in a curriculum, those of some batches."""
         by_ease = None if self.batching.difficulty is None else np.argsort(self.batching.difficulty, kind="stable")
-        while True:
-            random = np.random.default_rng([self.batching.seed, epoch])
+        for number in itertools.count():
+            random = np.random.default_rng([self.batching.seed, number])
             if by_ease is None:
-                order = random.permutation(len(self.lengths))
-                yield from ((order[start : start + size], random) for start in range(0, len(order), size))
+                yield random.permutation(len(self.lengths)), random
             else:
                 share = math.sqrt(_FIRST_SHARE**2 + self._done / self.steps * (1 - _FIRST_SHARE**2))
                 allowed = by_ease[: max(2, math.ceil(share * len(by_ease)))]
-                yield random.permutation(allowed)[:size], random
-            epoch += 1
+                yield random.permutation(allowed)[: self.batching.size * _RUN_BATCHES], random
 
 
-def _cut(pool: Rows, lengths: Matrix, batching: Batching, random: np.random.Generator) -> Iterator[list[list[int]]]:
-    """Yield the batches of a pool in random order, each in its parts."""
-    pool = pool[np.argsort(lengths[pool], kind="stable")]
-    fresh = batching.size if batching.companions is None else max(1, batching.size // 2)
-    budget = batching.tokens or math.inf
-    starts, total = [0], 0.0
-    for place, length in enumerate(lengths[pool].tolist()):
-        if place - starts[-1] == fresh or (total + length > budget and place > starts[-1]):
-            starts.append(place)
-            total = 0.0
+def _cut(rows: Rows, lengths: Matrix, batching: Batching) -> Iterator[Rows]:
+    """Yield runs of rows that are within the budgets; half of the texts where companions will join them."""
+    share = 1 if batching.companions is None else 2
+    size, tokens = max(1, batching.size // share), (batching.tokens or math.inf) / share
+    start, total = 0, 0.0
+    for place, length in enumerate(lengths[rows].tolist()):
+        if place > start and (place - start == size or total + length > tokens):
+            yield rows[start:place]
+            start, total = place, 0.0
         total += length
-    batches = [pool[start:end] for start, end in zip(starts, [*starts[1:], len(pool)], strict=True)]
-    for number in random.permutation(len(batches)):
-        batch = _join(batches[number], batching, random)
-        even = len(batch) - len(batch) % batching.parts
-        if even:
-            yield [batch[part : even : batching.parts].tolist() for part in range(batching.parts)]
+    yield rows[start:]
 
 
 def _join(batch: Rows, batching: Batching, random: np.random.Generator) -> Rows:

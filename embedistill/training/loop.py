@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from embedistill.errors import EmbedistillError
 from embedistill.files import read_json, remove, write_json, write_text, written_aside
 from embedistill.progress import note, progress_bar
 from embedistill.ranks import rank, world_size
-from embedistill.training.batches import Batching, LengthGroupedSampler, Rows, TargetCollator, Targets, count_tokens
+from embedistill.training.batches import Batching, BudgetSampler, Rows, TargetCollator, Targets, count_tokens
 from embedistill.training.objectives import DistillationLoss
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
@@ -35,6 +36,7 @@ _COMPLETE = "complete"
 _LOSS_STATE = "loss.safetensors"
 _CALIBRATION_SECONDS = 10.0
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
+_USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 _FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
 
 
@@ -127,6 +129,8 @@ def _or_none(partners: Rows | None) -> Rows:
 class _Training:
     """One training: what it is made of, and the files by which it goes on."""
 
+    rates: dict[str, float] = field(init=False)
+
     student: SentenceTransformer
     dataset: Dataset
     collator: TargetCollator
@@ -153,6 +157,10 @@ class _Training:
     @property
     def untrained(self) -> Path:
         return self.work_dir / "untrained.safetensors"
+
+    def __post_init__(self) -> None:
+        """Scale the learning rates by the untrained weights: a run that goes on has the same."""
+        self.rates = _scale_rates(self.student, self.schedule.learning_rate)
 
     def run(self) -> None:
         """Train to the end, or to an error, from the last checkpoint on."""
@@ -190,7 +198,8 @@ class _Training:
                 max_steps=steps,
                 per_device_train_batch_size=batching.size,
                 gradient_accumulation_steps=accumulation,
-                batch_sampler=partial(LengthGroupedSampler, lengths=self.lengths, batching=batching, steps=steps),
+                learning_rate_mapping=self.rates,
+                batch_sampler=partial(BudgetSampler, lengths=self.lengths, batching=batching, steps=steps),
             ),
             train_dataset=self.dataset,
             loss=self.loss,
@@ -313,6 +322,19 @@ class _Stopwatch(TrainerCallback):
     @property
     def seconds_per_step(self) -> float:
         return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+
+def _scale_rates(student: SentenceTransformer, rate: float) -> dict[str, float]:
+    """Return a learning rate for each weight matrix, by a pattern of its name: `rate` where its entries are 0.05 large.
+
+    Adam's steps are as large for all weights. Fitted students have weights of very different size: 1 in their table of
+    words, some hundredths in their layers, a hundredth and less in their head, which moves every vector. Each is moved
+    by the same share of its size, as by LAMB (You et al., 2020).
+    """
+    return {
+        f"^model\\.{re.escape(name)}$": rate * max(_LEAST, float(weight.detach().square().mean().sqrt())) / _USUAL
+        for name, weight in student.named_parameters()
+    }
 
 
 def _time_reading(student: SentenceTransformer, dev: Dev) -> float:

@@ -1,12 +1,15 @@
-"""A BERT-like student in training, without padding: for processors, where every token of padding costs.
+"""Texts of any length in one batch, with little padding or none.
 
-As `embedistill.encoding.packed`, with gradients: all tokens of a batch are the rows of one matrix, attention is taken
-over texts of equal length at a time. Attention and its gradient are written out, because the fused ones of torch are
-several times as slow on the many short texts of a batch.
+A BERT-like student on processors trains as `embedistill.encoding.packed` encodes, with gradients: all tokens of a batch
+are the rows of one matrix, attention is taken over texts of equal length at a time. Attention and its gradient are
+written out, because the fused ones of torch are several times as slow on the many short texts of a batch. Any other
+transformer runs the texts of a batch in a few runs of like length.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,24 +24,54 @@ from transformers.modeling_outputs import BaseModelOutput
 from embedistill.architectures import architecture_of, find_layers
 from embedistill.encoding.packed import Group, can_pack, find_padding, group, positions_of
 
+_RUNS = 8
+
 
 @contextmanager
 def without_padding(student: SentenceTransformer, dtype: torch.dtype) -> Iterator[None]:
-    """Let a student's body run without padding for a while, where it can; what it gives stays as it is.
+    """Let a student's body run without padding for a while, or with little; what it gives stays as it is.
 
     Args:
         student: Its first module's transformer is given another `forward`. Dropout is left out: it must be off.
         dtype: Number format of the products by token and of the attention.
     """
     body: Any = getattr(student[0], "model", None)
-    if not can_pack(body) or student.tokenizer.padding_side != "right":
+    if body is None or getattr(student.tokenizer, "padding_side", "") != "right":
         yield
         return
-    body.forward = _Forward(body, dtype)
+    body.forward = _Forward(body, dtype) if can_pack(body) else _Runs(body.forward)
     try:
         yield
     finally:
         del body.forward
+
+
+class _Runs:
+    """A forward pass in runs of texts of like length, each padded to its own longest."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+
+    @functools.cached_property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._forward)
+
+    def __call__(self, **given: Any) -> BaseModelOutput:
+        """Return last hidden states as the model would, zeros where there is padding."""
+        mask = given["attention_mask"]
+        order = mask.sum(1).argsort(stable=True)
+        found: Tensor | None = None
+        for rows in order.chunk(min(_RUNS, len(order))):
+            longest = int(mask[rows].sum(1).max())
+            cut = {
+                name: value[rows, :longest] if isinstance(value, Tensor) and value.shape == mask.shape else value
+                for name, value in given.items()
+            }
+            states = self._forward(**cut).last_hidden_state
+            if found is None:
+                found = states.new_zeros(*mask.shape, states.shape[-1])
+            found = found.index_put((rows[:, None], torch.arange(longest, device=rows.device)), states)
+        return BaseModelOutput(last_hidden_state=found)
 
 
 class _Forward:
