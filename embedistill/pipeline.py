@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedistill import ranks
-from embedistill.architectures import Sizes, read_config, with_sizes
+from embedistill.architectures import Sizes, read_config, read_sizes, with_sizes
 from embedistill.corpus.filtering import make_filter
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import describe_source
@@ -65,6 +65,7 @@ from embedistill.teacher import (
 )
 from embedistill.teaching import (
     LIVE,
+    check_training,
     list_inputs,
     list_lessons,
     make_batching,
@@ -285,6 +286,9 @@ class _Line:
         if max(prefixes, default=0) > (size or cache.dim):
             found, expected = str(max(prefixes)), f"at most the {size or cache.dim} dimensions of the student"
             raise UsageError("training.matryoshka", found, expected)
+        sizes = [self.plan.sizes, read_sizes(read_config(self.located.path))] if self.plan else []
+        widths, layers = [one.hidden_size for one in sizes], [one.layers for one in sizes]
+        check_training(self.recipe.training, self.corpus["train"], widths, layers)
         n_texts = sum(len(texts) for texts in self.encoded_texts.values())
         n_missing = sum(len(self.teacher.cache(kind).missing(texts)) for kind, texts in self.encoded_texts.items())
         check_space(self.folder, _MODEL_COPIES * folder_bytes(self.located.path))

@@ -43,6 +43,35 @@ class Lessons:
     partners: Rows
 
 
+def check_training(
+    section: TrainingSection, records: Iterable[Record], widths: Sequence[int], layers: Sequence[int]
+) -> None:
+    """Stop, before anything is encoded, where a training asks for what there is not.
+
+    Args:
+        section: The recipe's.
+        records: What is trained on.
+        widths: Hidden sizes of student and teacher, where both are known.
+        layers: Their numbers of layers, where both are known.
+
+    Raises:
+        UsageError: It says for what.
+    """
+    paired = any(record.query for record in records)
+    for on, _, phase in section.phases:
+        where = f"training.then.on: {on}" if on != "all" else "training.objectives.pairs"
+        if not paired and (on != "all" or "pairs" in phase.objectives.used):
+            raise UsageError(where, "no text has a query", "corpus.query_column or corpus.pairs, which make some")
+        heads = section.relation_heads
+        if "attention" in phase.objectives.used and any(width % heads for width in widths):
+            found = f"{heads}, with hidden sizes {' and '.join(map(str, widths))}"
+            raise UsageError("training.relation_heads", found, "a number that divides both")
+    wrong = [pair for pair in section.layer_pairs if any(one >= n for one, n in zip(pair, layers, strict=False))]
+    if wrong:
+        expected = f"layers of the student below {layers[0]}, of the teacher below {layers[1]}"
+        raise UsageError("training.layer_pairs", f"{wrong[0]}", expected)
+
+
 def list_lessons(
     student: SentenceTransformer,
     records: Iterable[Record],
@@ -70,8 +99,7 @@ def list_lessons(
     chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": partners[:, 0] >= 0}[on]
     rows, inputs = np.flatnonzero(chosen), list_inputs(student, texts)
     if len(rows) < 2:
-        found, expected = f"{len(rows)} texts to train on", "corpus.query_column or corpus.pairs, which make some"
-        raise UsageError(f"training.then.on: {on}", found, expected)
+        raise UsageError(f"training.then.on: {on}", f"{len(rows)} texts to train on", "two at the very least")
     moved = np.full(len(inputs) + 1, -1)
     moved[rows] = np.arange(len(rows))
     return Lessons(

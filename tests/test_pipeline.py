@@ -364,3 +364,72 @@ def test_vectors_that_cannot_be_trained_on_are_left_out_and_said(
         watched = line.dev_texts[kind]
         assert len(texts) + len(watched) == len(set(texts) | set(watched)) == len(line.encoded_texts[kind]) - 2
     assert sum(len(texts) for texts in line.dev_texts.values()) == (2 * 128 - 4) // 20
+
+
+def test_all_that_a_training_offers_works_together(
+    recipe_file: Path, data_dir: Path, sentences: list[str], tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"anchor": text.split()[0] + " " + text.split()[-1], "positive": text, "negative": sentences[number + 60]}
+        for number, text in enumerate(sentences[160:220])
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "positive": "Ã©tÃ© â€™ broken"}]))
+    recipe = load_recipe(
+        recipe_file,
+        f"corpus.pairs={pairs}",
+        "corpus.near_duplicates=drop",
+        "corpus.drop_damaged=true",
+        "corpus.select={size: 150, by: diversity}",
+        "training={epochs: 2, batch_size: 32, batch_tokens: 400, checkpoint_steps: 2, dtype: float32, average: 2}",
+        "training.objectives={embedding: 1, layers: 0.1, attention: 0.1}",
+        "training.objectives.ranking={start: 0, end: 1, schedule: linear}",
+        "training.relation_heads=4",
+        "training.balance=true",
+        "training.temperature=learned",
+        "training.neighbours=3",
+        "training.curriculum=centre",
+        "training.then={on: pairs, share: 0.5, learning_rate: 1e-3, objectives: {embedding: 1, pairs: 0.5}}",
+        "training.dev_task=STS12",
+        f"evaluation.data={data_dir}",
+    )
+    run = distill(recipe, tmp_path / "run")
+    first, second = (
+        [json.loads(line) for line in (run.folder / name).read_text().splitlines()]
+        for name in ("training_log.jsonl", "training_log-1.jsonl")
+    )
+    assert {"embedding", "ranking", "layers", "attention"} <= set.union(*(set(entry) for entry in first))
+    assert {"embedding", "pairs"} <= set.union(*(set(entry) for entry in second))
+    assert "dev_score" in first[0]
+    assert run.report.corpus["damaged"] == 1
+    assert run.report.examples["damaged"] == ["Ã©tÃ© â€™ broken"]
+    assert "Ã©tÃ© â€™ broken" in (run.folder / "report.html").read_text()
+    assert run.student.encode("a ship").shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "training.then={on: queries}",
+            r"training\.then\.on: queries: no text has a query; expected corpus\.query_col",
+        ),
+        ("training.objectives.pairs=1", r"training\.objectives\.pairs: no text has a query"),
+        ("training={objectives: {attention: 1}, relation_heads: 3}", r"relation_heads: 3, with hidden sizes 32 and 32"),
+        ("training.layer_pairs=[[2, 1]]", r"layer_pairs: \[2, 1\]; expected layers of the student below 2"),
+        ("training.matryoshka=[17]", r"training\.matryoshka: 17; expected at most the 16 dimensions"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_anything_is_encoded(
+    recipe_file: Path, tmp_path: Path, setting: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "encode_missing", lambda *given: pytest.fail("encoded"))
+    fixed = ("corpus.query_column=null", "evaluation.tasks=[agreement]", "search=null")
+    with pytest.raises(UsageError, match=message):
+        distill(load_recipe(recipe_file, *fixed, setting), tmp_path / "run")
+
+
+@pytest.mark.parametrize("curriculum", ["length", "queries-last", "error"])
+def test_curricula_run(recipe_file: Path, tmp_path: Path, curriculum: str) -> None:
+    settings = (f"training.curriculum={curriculum}", "evaluation.tasks=[agreement]", "search=null")
+    assert distill(load_recipe(recipe_file, *settings), tmp_path / "run").report.retention("agreement").value > 0

@@ -77,6 +77,12 @@ def test_what_is_no_recipe_says_so(tmp_path: Path, text: str, message: str) -> N
         ("training: {minutes: 1e999}", "training.minutes: inf; expected a finite number"),
         ("training: {minutes: .inf}", "training.minutes: '.inf'; expected a valid number"),
         ("training: {objectives: {embedding: 0}}", "one weight above 0 of a term that follows the teacher"),
+        (
+            "training: {objectives: {layers: 1}}\nstudent: {layers: 2, vocabulary_size: 500}",
+            "training.objectives.layers with a student that is cut out of the teacher itself",
+        ),
+        ("training: {report_to: [mlflow]}", "report_to with mlflow installed: pip install mlflow"),
+        ("training: {layer_pairs: [[1, 2, 3]]}", "training.layer_pairs.0: [1, 2, 3]; expected"),
         ("evaluation: {tasks: [../x]}", "evaluation.tasks.0: '../x'; expected"),
         ("? [a]\n: 1", "a key that is no word"),
     ],

@@ -419,6 +419,19 @@ def test_training_brings_the_student_nearer_and_logs_every_term(setting: SimpleN
     assert steps[0]["loss"] == pytest.approx(steps[0]["embedding"] + steps[0]["similarity"], abs=1e-3)
 
 
+def test_weights_move_in_proportion_to_their_size(setting: SimpleNamespace, tmp_path: Path) -> None:
+    """Adam's first step is the learning rate: 1e-3 for weights whose root mean square is 0.05."""
+    student = setting.make_student()
+    before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+    schedule = replace(SCHEDULE, steps=1, warmup=0.0, weight_decay=0.0)
+    run(setting, tmp_path, student=student, schedule=schedule)
+    moved = {name: (weight.detach() - before[name]).abs().max().item() for name, weight in student.named_parameters()}
+    head = next(name for name in before if "linear" in name)
+    for name in (head, next(name for name in before if name.endswith("word_embeddings.weight"))):
+        expected = 1e-3 * before[name].square().mean().sqrt().item() / 0.05
+        assert moved[name] == pytest.approx(expected, rel=0.05)
+
+
 def test_the_same_seed_gives_the_same_student(setting: SimpleNamespace, tmp_path: Path) -> None:
     first, second = run(setting, tmp_path / "a"), run(setting, tmp_path / "b")
     np.testing.assert_allclose(first.encode(setting.texts), second.encode(setting.texts), atol=1e-5)
