@@ -77,9 +77,13 @@ class TrainingSection(Section):
     steps: Count | None = Field(None, description="Steps of training, at most.")
     batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Texts a step, at most.")
     batch_tokens: Count | None = Field(None, description="Tokens a step, at most, as estimated; default: no bound.")
-    learning_rate: Positive = Field(2e-4, description="Peak learning rate; linear warm-up, cosine decay to zero.")
+    learning_rate: Positive = Field(
+        2e-4,
+        description="Peak learning rate of weights that are 0.05 large, others in proportion; linear warm-up, cosine "
+        "decay to zero.",
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the steps that warms up.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradients are clipped to this norm; 0: not.")
     objectives: ObjectivesSection = Field(default_factory=ObjectivesSection)
     balance: bool = Field(

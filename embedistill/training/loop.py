@@ -35,6 +35,7 @@ from embedistill.training.readings import Criterion, Dev, KeepBest
 _COMPLETE = "complete"
 _LOSS_STATE = "loss.safetensors"
 _CALIBRATION_SECONDS = 10.0
+_CALIBRATION_STEPS = 20  # of several processes, which have to stop at the same step
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
 _USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 _FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
@@ -108,8 +109,6 @@ def train(
         log_path=log_path,
         dev=dev,
     )
-    with written_aside(training.untrained) as path:
-        save_model(student, str(path))
     packed = nullcontext() if loss.internals else without_padding(student, schedule.dtype)
     with packed:
         while not training.done:
@@ -129,8 +128,6 @@ def _or_none(partners: Rows | None) -> Rows:
 class _Training:
     """One training: what it is made of, and the files by which it goes on."""
 
-    rates: dict[str, float] = field(init=False)
-
     student: SentenceTransformer
     dataset: Dataset
     collator: TargetCollator
@@ -143,6 +140,14 @@ class _Training:
     dev: Dev | None
     done: bool = False
     best: KeepBest | None = None
+    rates: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take what a training begins with, and a run that goes on has as well."""
+        self.rates = _scale_rates(self.student, self.schedule.learning_rate)
+        if rank() == 0:
+            with written_aside(self.untrained) as path:
+                save_model(self.student, str(path))
 
     @property
     def plan(self) -> dict[str, int]:
@@ -152,21 +157,19 @@ class _Training:
         return found
 
     def keep_plan(self, **changes: int) -> None:
-        write_json(self.work_dir / "plan.json", self.plan | changes)
+        """Write down a part of the plan; of several processes, the first does."""
+        if rank() == 0:
+            write_json(self.work_dir / "plan.json", self.plan | changes)
 
     @property
     def untrained(self) -> Path:
         return self.work_dir / "untrained.safetensors"
 
-    def __post_init__(self) -> None:
-        """Scale the learning rates by the untrained weights: a run that goes on has the same."""
-        self.rates = _scale_rates(self.student, self.schedule.learning_rate)
-
     def run(self) -> None:
         """Train to the end, or to an error, from the last checkpoint on."""
-        if "steps" not in self.plan:
-            self.keep_plan(steps=self._plan_steps())
-        steps, checkpoint = self.plan["steps"], _last_whole_checkpoint(self.work_dir)
+        steps = self.plan.get("steps") or _agree(self._plan_steps())
+        self.keep_plan(steps=steps)
+        checkpoint = _last_whole_checkpoint(self.work_dir)
         with ExitStack() as stack:
             advance = stack.enter_context(progress_bar("Training", steps, "steps"))
             callbacks: list[TrainerCallback] = [_Watch(advance, self.log_path, self.loss, self.work_dir)]
@@ -254,7 +257,8 @@ class _Training:
         folder = self.work_dir / "calibration"
         self._trainer(wanted, folder, [stopwatch]).train()
         self._start_over()
-        remove(folder)
+        if rank() == 0:
+            remove(folder)
         step = stopwatch.seconds_per_step
         reading = _time_reading(self.student, self.dev) if self.dev else 0.0
         seconds = schedule.minutes * 60
@@ -316,12 +320,22 @@ class _Stopwatch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.times.append(time.perf_counter())
-        if len(self.times) > 3 and self.times[-1] - self.times[1] > _CALIBRATION_SECONDS:
+        long = self.times[-1] - self.times[min(1, len(self.times) - 1)] > _CALIBRATION_SECONDS
+        if len(self.times) == _CALIBRATION_STEPS if world_size() > 1 else len(self.times) > 3 and long:
             control.should_training_stop = True
 
     @property
     def seconds_per_step(self) -> float:
         return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+
+def _agree(steps: int) -> int:
+    """Return what the first of several processes has."""
+    if world_size() == 1 or not torch.distributed.is_initialized():
+        return steps
+    found = [steps]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def _scale_rates(student: SentenceTransformer, rate: float) -> dict[str, float]:
