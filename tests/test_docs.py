@@ -152,9 +152,9 @@ def test_the_page_on_students_runs(
 def test_the_page_on_training_runs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(run_page(TRAINING, {"384, 128": "16, 8"}, monkeypatch, capsys)) == 5
+    assert len(run_page(TRAINING, {"384, 128": "16, 8"}, monkeypatch, capsys)) == 4
     logs = [path.read_text() for path in place.glob("runs/*/training_log.jsonl")]
-    assert len(logs) == 5
+    assert len(logs) == 4
     named = set(re.findall(r"`(dev_(?!size|steps|task|score)\w+)`", TRAINING))
     for log in logs:
         entries = [json.loads(line) for line in log.splitlines()]

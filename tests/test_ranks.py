@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from embedistill import distill, load_recipe
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -22,14 +24,16 @@ def test_two_processes_give_the_student_of_one(recipe_file: Path, tmp_path: Path
         "training.objectives={embedding: 1, similarity: 1, contrastive: 0.5}",
         "training.batch_size=16",
         "evaluation.tasks=[agreement]",
+        "search=null",
     ]
+    distill(load_recipe(recipe_file, *settings), tmp_path / "one", tmp_path / "cache")
+    run = [*TORCHRUN, "-m", "embedistill", "run", str(recipe_file), *settings]
+    run += ["--run-dir", str(tmp_path / "two"), "--cache-dir", str(tmp_path / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
     students = []
-    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
-        run = [*launch, "-m", "embedistill", "run", str(recipe_file), *settings, "--run-dir", str(tmp_path / name)]
-        run += ["--cache-dir", str(tmp_path / "cache")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+    for name in ("one", "two"):
         students.append(SentenceTransformer(str(tmp_path / name / "model"), device="cpu").encode(sentences[:100]))
         log = [json.loads(line) for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
         assert max(entry["step"] for entry in log) == 12
