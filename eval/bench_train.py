@@ -33,7 +33,7 @@ from embedistill.training.objectives import Course, DistillationLoss
 
 OURS = "embedistill"
 RECIPE = "sentence-transformers, batch 64, fp32"
-BEST = [("bf16", size) for size in (64, 128, 256)]
+BEST = [("bf16", size) for size in (64, 128)]
 
 
 class Clock(TrainerCallback):
