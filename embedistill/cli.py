@@ -96,8 +96,11 @@ def run(
     loaded = load_recipe(recipe, *(overrides or []), *([f"evaluation.data={json.dumps(str(data))}"] if data else []))
     _hush()
     from embedistill.pipeline import distill
+    from embedistill.ranks import rank
 
     finished = distill(loaded, run_dir, cache_dir)
+    if rank() > 0:  # of several processes, the first reports
+        return
     _print_report(finished.report, as_json)
     if not as_json:
         _print_next_steps(loaded, finished.folder)

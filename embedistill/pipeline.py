@@ -42,7 +42,7 @@ from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
 from embedistill.outlook import plan_section, plan_student
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, AssistantSection, Dtype, Recipe, dump_recipe
+from embedistill.recipe import AGREEMENT, KNOWN_ITEM, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
@@ -64,7 +64,6 @@ from embedistill.teacher import (
     locate,
 )
 from embedistill.teaching import (
-    LIVE,
     check_training,
     list_inputs,
     list_lessons,
@@ -406,7 +405,7 @@ class _Line:
             lessons = list_lessons(
                 student, self.corpus["train"], self.training_texts, targets, projection=projection, on=on
             )
-            live = load(self.located) if set(section.objectives.used) & set(LIVE) else None
+            live = load(self.located) if LIVE & set(section.objectives.used) else None
             train(
                 student,
                 lessons.inputs,

@@ -14,7 +14,8 @@ from sentence_transformers import SentenceTransformer
 from embedistill.corpus.records import Record
 from embedistill.errors import UsageError
 from embedistill.progress import note, progress_bar
-from embedistill.recipe import CourseSection, Phase, TrainingSection
+from embedistill.ranks import world_size
+from embedistill.recipe import LIVE, CourseSection, Phase, TrainingSection
 from embedistill.student.head import Matrix, project
 from embedistill.teacher import Kind, find_prompt
 from embedistill.training.batches import Batching, Rows, Targets, find_neighbours, shorten, spread_from_centres
@@ -23,7 +24,6 @@ from embedistill.training.loop import Schedule
 from embedistill.training.objectives import Course, DistillationLoss, Term
 
 _CHUNK = 8192
-LIVE = ("layers", "attention")  # terms that need the teacher itself
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ def check_training(
         if "attention" in phase.objectives.used and any(width % heads for width in widths):
             found = f"{heads}, with hidden sizes {' and '.join(map(str, widths))}"
             raise UsageError("training.relation_heads", found, "a number that divides both")
+    live = any(LIVE & set(phase.objectives.used) for _, _, phase in section.phases)
+    if live and world_size() > 1:
+        found = f"{world_size()} processes with the terms layers or attention, whose maps each would learn for itself"
+        raise UsageError("training.objectives", found, "one process", "leave out torchrun, or these terms")
     wrong = [pair for pair in section.layer_pairs if any(one >= n for one, n in zip(pair, layers, strict=False))]
     if wrong:
         expected = f"layers of the student below {layers[0]}, of the teacher below {layers[1]}"
@@ -205,7 +209,7 @@ def make_schedule(section: TrainingSection, share: float, seed: int, dtype: torc
         checkpoint_steps=section.checkpoint_steps,
         seed=seed,
         dtype=dtype,
-        steps=section.steps,
+        steps=max(1, round(share * section.steps)) if section.steps else None,
         dev_steps=section.dev_steps,
         max_grad_norm=section.max_grad_norm,
         average=section.average,
@@ -215,18 +219,16 @@ def make_schedule(section: TrainingSection, share: float, seed: int, dtype: torc
 
 def make_batching(section: TrainingSection, student: SentenceTransformer, lessons: Lessons, seed: int) -> Batching:
     """Return how texts are put into batches: beside which others, and in what order over the training."""
-    companions = None
+    neighbours = None
     if section.neighbours:
         note(f"Neighbours: {section.neighbours} of each of {len(lessons.inputs):,} texts")
-        companions = find_neighbours(shorten(lessons.targets, len(lessons.inputs)), section.neighbours)
-    elif "pairs" in section.objectives.used:
-        companions = lessons.partners
+        neighbours = find_neighbours(shorten(lessons.targets, len(lessons.inputs)), section.neighbours)
     return Batching(
         size=section.batch_size,
         tokens=section.batch_tokens,
         seed=seed,
-        companions=companions,
-        drawn=1 if section.neighbours else None,
+        companions=lessons.partners if "pairs" in section.objectives.used else None,
+        neighbours=neighbours,
         difficulty=_rate(section, student, lessons),
     )
 

@@ -66,7 +66,7 @@ def train_plainly(model: SentenceTransformer, texts: Sequence[str], vectors: Any
 
 
 def train_ours(model: SentenceTransformer, texts: Sequence[str], vectors: Any, batching: Batching) -> float:
-    """Train as a recipe's run does, checkpoints included, and return the seconds."""
+    """Train as a recipe's run does, and return the seconds."""
     clock = Clock()
     watch = loop._Watch.on_step_end
     begin = loop._Watch.on_train_begin

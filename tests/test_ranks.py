@@ -18,6 +18,8 @@ def test_two_processes_give_the_student_of_one(recipe_file: Path, tmp_path: Path
     settings = [
         "training.steps=12",
         "training.epochs=50",
+        "training.minutes=2",
+        "training.balance=true",
         "training.dtype=float32",
         "training.learning_rate=1e-3",
         "training.dev_size=0",
@@ -32,6 +34,7 @@ def test_two_processes_give_the_student_of_one(recipe_file: Path, tmp_path: Path
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agreement cosine") == 1
     students = []
     for name in ("one", "two"):
         students.append(SentenceTransformer(str(tmp_path / name / "model"), device="cpu").encode(sentences[:100]))

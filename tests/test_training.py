@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from embedistill.architectures import read_config
-from embedistill.errors import EmbedistillError
+from embedistill.errors import EmbedistillError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
 from embedistill.training import loop
@@ -180,11 +180,18 @@ def test_batches_are_cut_into_parts_of_the_same_size() -> None:
 def test_companions_are_in_the_batch_of_their_text() -> None:
     texts = ["x" * (1 + number % 7) for number in range(64)]
     companions = np.array([[(number + 1) % 64, -1] for number in range(64)])
-    for batch in sampler(texts, steps=8, companions=companions):
+    neighbours = np.array([[(number + 2) % 64] for number in range(64)])
+    for batch in sampler(texts, steps=8, tokens=60, companions=companions, neighbours=neighbours):
         assert len(batch) == len(set(batch)) <= 16
-        assert all((row + 1) % 64 in batch for row in batch[:8])
-    drawn = list(sampler(texts, steps=8, companions=np.tile(np.arange(64), (64, 1)), drawn=1))
-    assert all(8 <= len(batch) <= 16 for batch in drawn)
+        assert sum(len(texts[row]) for row in batch) <= 60
+        alone = [row for row in batch if not {(row + 1) % 64, (row + 2) % 64} <= set(batch)]
+        assert all({(row - 1) % 64, (row - 2) % 64} & set(batch) for row in alone)  # a companion itself
+        assert len(alone) < len(batch)
+
+
+def test_batches_too_small_for_their_parts_are_an_error() -> None:
+    with pytest.raises(UsageError, match="no batch of 4 texts or more, for 4 parts"):
+        list(sampler(["x"] * 10, steps=3, size=2, parts=4))
 
 
 def test_a_curriculum_starts_with_what_is_easy() -> None:

@@ -27,9 +27,6 @@ Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and its columns."""
 
 
-PAIR_COLUMNS = ("anchor", "positive", "negative")
-
-
 @dataclass(frozen=True)
 class Columns:
     """Which columns of a source are read, and what becomes of a bad row."""
@@ -119,10 +116,9 @@ def read_pairs(path: Path, *, max_characters: int, bad_rows: Literal["error", "s
         max_characters: A longer text is a bad row.
         bad_rows: What becomes of one.
     """
-    anchor, positive, negative = PAIR_COLUMNS
     for file in _list_files(path):
         first = next(iter(_file_rows(file)), ("", {}))[1]
-        columns = Columns(positive, anchor, negative if negative in first else None, max_characters, bad_rows)
+        columns = Columns("positive", "anchor", "negative" if "negative" in first else None, max_characters, bad_rows)
         yield from _to_records(_file_rows(file), columns, file.name.split(".")[0])
 
 
@@ -147,7 +143,7 @@ def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: in
 
 def _list_files(path: Path) -> list[Path]:
     if not path.exists():
-        raise UsageError(f"corpus.source: {path}", "no such file or folder", do="check the path")
+        raise UsageError(f"corpus: {path}", "no such file or folder", do="check corpus.source, or corpus.pairs")
     if path.is_file():
         if _suffix(path) not in SUFFIXES:
             raise UsageError(

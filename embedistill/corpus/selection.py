@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -75,6 +75,12 @@ def _cluster(records: Sequence[Record], n_clusters: int, embed: Embed) -> list[s
             chunks.append(embed(some))
             advance(len(some))
     vectors = np.concatenate(chunks)
+    centres = find_centres(vectors[: n_clusters * _SAMPLE_PER_CLUSTER], n_clusters)
+    return [str(group) for group in centres.search(vectors, 1)[1][:, 0]]
+
+
+def find_centres(vectors: npt.NDArray[np.float32], n_clusters: int) -> Any:
+    """Return a FAISS index of the centres that spherical k-means finds in unit vectors, shape (n_vectors, dim)."""
     kmeans = faiss.Kmeans(vectors.shape[1], n_clusters, niter=10, spherical=True, seed=0, min_points_per_centroid=1)
-    kmeans.train(vectors[: n_clusters * _SAMPLE_PER_CLUSTER])
-    return [str(group) for group in kmeans.index.search(vectors, 1)[1][:, 0]]
+    kmeans.train(vectors)
+    return kmeans.index

@@ -14,12 +14,13 @@ from embedistill.recipe.sections import (
     ShapeSection,
     StudentSection,
 )
-from embedistill.recipe.training import CourseSection, TrainingSection
+from embedistill.recipe.training import LIVE, CourseSection, TrainingSection
 from embedistill.recipe.values import Dtype, Phase
 
 __all__ = [
     "AGREEMENT",
     "KNOWN_ITEM",
+    "LIVE",
     "AssistantSection",
     "CorpusSection",
     "CourseSection",

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from embedistill.files import fingerprint
-from embedistill.recipe.training import TrainingSection
+from embedistill.recipe.training import LIVE, TrainingSection
 from embedistill.recipe.values import Count, Dtype, Fault, Positive, Section, Share, Storage
 
 AGREEMENT = "agreement"
 KNOWN_ITEM = "known-item"
-_LIVE = {"layers", "attention"}  # terms that look into the teacher, which then runs on the student's tokens
 
 
 class TeacherSection(Section):
@@ -250,7 +249,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _shows_its_insides(self) -> Recipe:
-        live = sorted({name for _, _, phase in self.training.phases for name in phase.objectives.used} & _LIVE)
+        live = sorted({name for _, _, phase in self.training.phases for name in phase.objectives.used} & LIVE)
         student = self.student
         cut = student.origin == "teacher" and not student.budgets and student.vocabulary_size is None
         if live and not (cut and student.via is None):

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from embedistill.recipe.values import Count, Dtype, Phase, Positive, Section, Share
 
+LIVE = frozenset({"layers", "attention"})  # terms that look into the teacher, which then runs on the student's tokens
+
 
 class CourseSection(Section):
     """A number on its way through training. A number in its place is constant."""

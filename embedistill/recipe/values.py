@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Phase = Literal["all", "pairs", "queries"]
 Storage = Literal["float32", "float16", "bfloat16", "int8"]

@@ -17,6 +17,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
+from embedistill.corpus.selection import find_centres
+from embedistill.errors import UsageError
 from embedistill.student.head import Matrix, fit_pca, project
 
 Rows = npt.NDArray[np.int64]
@@ -41,7 +43,7 @@ class Batching:
         parts: Each batch is cut into so many of the same size: a part a process, or a part after the other.
         companions: Rows of texts that are put into the batch of each text, in the place of others, (n_texts, any
             number), -1: none.
-        drawn: How many of these, by chance; None: all.
+        neighbours: The same, of which one is drawn by chance.
         difficulty: Of each text, (n_texts,): easy texts come first, Platanios et al. (2019); None: any order.
     """
 
@@ -50,7 +52,7 @@ class Batching:
     seed: int = 0
     parts: int = 1
     companions: Rows | None = None
-    drawn: int | None = None
+    neighbours: Rows | None = None
     difficulty: Matrix | None = None
 
 
@@ -77,19 +79,26 @@ class BudgetSampler(DefaultBatchSampler):
         self.lengths, self.batching, self.steps = lengths, batching, steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the rows of each part of each batch."""
+        """Yield the rows of each part of each batch.
+
+        Raises:
+            UsageError: No batch within the budgets has a text for each part.
+        """
         n_parts = self.batching.parts
         self._done = 0
         for rows, random in self._runs():
-            for batch in _cut(rows, self.lengths, self.batching):
-                whole = _join(batch, self.batching, random)
-                even = len(whole) - len(whole) % n_parts
+            before = self._done
+            for batch in _cut(rows, self.lengths, self.batching, random):
+                even = len(batch) - len(batch) % n_parts
                 if not even:
                     continue
-                yield from (whole[part:even:n_parts].tolist() for part in range(n_parts))
+                yield from (batch[part:even:n_parts] for part in range(n_parts))
                 self._done += 1
                 if self._done == self.steps:
                     return
+            if self._done == before:
+                found = f"no batch of {n_parts} texts or more, for {n_parts} parts"
+                raise UsageError("training.batch_size, batch_tokens", found, do="raise them, or use fewer processes")
 
     def __len__(self) -> int:
         """Return how many parts there are in all."""
@@ -108,27 +117,32 @@ class BudgetSampler(DefaultBatchSampler):
                 yield random.permutation(allowed)[: self.batching.size * _RUN_BATCHES], random
 
 
-def _cut(rows: Rows, lengths: Matrix, batching: Batching) -> Iterator[Rows]:
-    """Yield runs of rows that are within the budgets; half of the texts where companions will join them."""
-    share = 1 if batching.companions is None else 2
-    size, tokens = max(1, batching.size // share), (batching.tokens or math.inf) / share
-    start, total = 0, 0.0
-    for place, length in enumerate(lengths[rows].tolist()):
-        if place > start and (place - start == size or total + length > tokens):
-            yield rows[start:place]
-            start, total = place, 0.0
-        total += length
-    yield rows[start:]
+def _cut(rows: Rows, lengths: Matrix, batching: Batching, random: np.random.Generator) -> Iterator[list[int]]:
+    """Yield batches of rows, each with its companions and no row twice, that are within the budgets."""
+    batch: dict[int, None] = {}
+    total = 0.0
+    for row in rows.tolist():
+        if row in batch:
+            continue
+        joined = dict.fromkeys([row, *_accompany(row, batching, random)])
+        fresh = [one for one in joined if one not in batch]
+        tokens = float(lengths[fresh].sum())
+        over = batching.tokens is not None and total + tokens > batching.tokens
+        if batch and (len(batch) + len(fresh) > batching.size or over):
+            yield list(batch)
+            batch, total, fresh = {}, 0.0, list(joined)
+            tokens = float(lengths[fresh].sum())
+        batch.update(dict.fromkeys(fresh))
+        total += tokens
+    yield list(batch)
 
 
-def _join(batch: Rows, batching: Batching, random: np.random.Generator) -> Rows:
-    """Return a batch with companions of its texts behind them; no text twice."""
-    if batching.companions is None:
-        return batch
-    found = batching.companions[batch]
-    if batching.drawn:
-        found = random.permuted(found, axis=1)[:, : batching.drawn]
-    return np.array(list(dict.fromkeys([*batch.tolist(), *found[found >= 0].tolist()])), np.int64)
+def _accompany(row: int, batching: Batching, random: np.random.Generator) -> list[int]:
+    """Return the rows that join a row's batch."""
+    found = [] if batching.companions is None else batching.companions[row].tolist()
+    if batching.neighbours is not None:
+        found.append(int(random.choice(batching.neighbours[row])))
+    return [one for one in found if one >= 0]
 
 
 def count_tokens(student: SentenceTransformer, texts: Sequence[str]) -> Matrix:
@@ -185,10 +199,8 @@ def spread_from_centres(vectors: Matrix) -> Matrix:
 
     1 - cosine, shape (n_texts,).
     """
-    n_clusters = max(1, int(math.sqrt(len(vectors))))
-    kmeans = faiss.Kmeans(vectors.shape[1], n_clusters, niter=10, spherical=True, seed=0, min_points_per_centroid=1)
-    kmeans.train(vectors)
-    found: Matrix = 1 - kmeans.index.search(vectors, 1)[0][:, 0]
+    centres = find_centres(vectors, max(1, int(math.sqrt(len(vectors)))))
+    found: Matrix = 1 - centres.search(vectors, 1)[0][:, 0]
     return found
 
 

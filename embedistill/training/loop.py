@@ -141,10 +141,12 @@ class _Training:
     done: bool = False
     best: KeepBest | None = None
     rates: dict[str, float] = field(init=False)
+    loss_state: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         """Take what a training begins with, and a run that goes on has as well."""
         self.rates = _scale_rates(self.student, self.schedule.learning_rate)
+        self.loss_state = {name: value.clone() for name, value in self.loss.own_state().items()}
         if rank() == 0:
             with written_aside(self.untrained) as path:
                 save_model(self.student, str(path))
@@ -190,6 +192,8 @@ class _Training:
         return "cosine" if "embedding" in self.loss.weights else "similarity"
 
     def _trainer(self, steps: int, folder: Path, callbacks: list[TrainerCallback]) -> SentenceTransformerTrainer:
+        self.loss.attach(self.student)
+        gc.collect()  # of an earlier trainer, its wrapper would go on to exchange gradients
         accumulation = 2 ** self.plan["halvings"]
         batching = replace(self.batching, parts=accumulation * world_size())
         trainer = SentenceTransformerTrainer(
@@ -233,6 +237,7 @@ class _Training:
 
     def _start_over(self) -> None:
         load_model(self.student, str(self.untrained))
+        self.loss.load_state_dict(self.loss_state, strict=False)
         self.student.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

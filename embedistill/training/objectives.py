@@ -17,7 +17,7 @@ from torch.nn import functional
 from embedistill.training.internals import Internals
 
 Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "pairs", "layers", "attention", "spread"]
-Schedule = Literal["linear", "cosine"]
+Curve = Literal["linear", "cosine"]
 
 _BALANCED_EVERY = 50
 _NEAREST = 8
@@ -31,7 +31,7 @@ class Course:
 
     start: float
     end: float
-    schedule: Schedule = "cosine"
+    schedule: Curve = "cosine"
 
     def at(self, progress: float) -> float:
         """Return the number at a share of the training, 0 to 1: start + c (end - start)."""
@@ -87,6 +87,11 @@ class DistillationLoss(nn.Module):
             self.register_buffer("norms", torch.zeros(len(self.weights)))
             self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
+    def attach(self, model: SentenceTransformer) -> None:
+        """Have the student itself again, in the place of the wrapper that a trainer of several processes put there."""
+        for part in (self, self._embedding, self._spread):
+            part.model = model
+
     @property
     def temperature(self) -> float | Tensor:
         """The temperature of this step."""
@@ -139,11 +144,14 @@ class DistillationLoss(nn.Module):
         if torch.is_grad_enabled() and calls % _BALANCED_EVERY == 0:
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
             for number, term in enumerate(terms.values()):
-                grads = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
-                found = torch.stack([grad.float().norm() for grad in grads if grad is not None]).norm()
-                norms[number] = found if calls == 0 else 0.9 * norms[number] + 0.1 * found
-            if torch.distributed.is_initialized():
-                torch.distributed.all_reduce(norms, torch.distributed.ReduceOp.AVG)
+                found = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+                grads = [grad.float() for grad in found if grad is not None]
+                if torch.distributed.is_initialized():
+                    for grad in grads:
+                        torch.distributed.all_reduce(grad)
+                        grad.div_(torch.distributed.get_world_size())
+                norm = torch.stack([grad.norm() for grad in grads]).norm()
+                norms[number] = norm if calls == 0 else 0.9 * norms[number] + 0.1 * norm
         calls += 1
         return dict(zip(terms, norms.clamp(min=1e-8).tolist(), strict=True))
 

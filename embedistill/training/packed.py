@@ -8,8 +8,6 @@ transformer runs the texts of a batch in a few runs of like length.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,10 +49,6 @@ class _Runs:
 
     def __init__(self, forward: Any) -> None:
         self._forward = forward
-
-    @functools.cached_property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._forward)
 
     def __call__(self, **given: Any) -> BaseModelOutput:
         """Return last hidden states as the model would, zeros where there is padding."""
