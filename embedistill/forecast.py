@@ -20,6 +20,7 @@ from embedistill.encoding.packed import count_flops
 from embedistill.errors import UsageError
 from embedistill.student.planning import list_rungs
 from embedistill.teacher import encode, prompts_of
+from embedistill.training.packed import without_padding
 
 TOKENS = 32
 _BATCH = 32
@@ -180,21 +181,22 @@ def time_step(model: SentenceTransformer, texts: Sequence[str], dtype: torch.dty
     model.train()
     seconds = []
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.0)
-    for _ in range(2):
-        _wait(model)
-        start = time.perf_counter()
-        features: Any = {
-            name: value.to(model.device)
-            for name, value in model.preprocess(list(texts)).items()
-            if isinstance(value, torch.Tensor)
-        }
-        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            vectors = model(features)["sentence_embedding"]
-        vectors.square().sum().backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        _wait(model)
-        seconds.append(time.perf_counter() - start)
+    with without_padding(model, dtype):
+        for _ in range(2):
+            _wait(model)
+            start = time.perf_counter()
+            features: Any = {
+                name: value.to(model.device)
+                for name, value in model.preprocess(list(texts)).items()
+                if isinstance(value, torch.Tensor)
+            }
+            with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+                vectors = model(features)["sentence_embedding"]
+            vectors.square().sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            _wait(model)
+            seconds.append(time.perf_counter() - start)
     model.eval()
     return min(seconds)
 

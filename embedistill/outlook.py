@@ -20,9 +20,10 @@ from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
 from embedistill.forecast import Forecast, choose_by_speed, forecast
 from embedistill.precomputation import read_records
-from embedistill.recipe import Recipe, ShapeSection, StudentSection
+from embedistill.recipe import Recipe, ShapeSection, StudentSection, TrainingSection
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, plan_transformer
 from embedistill.teacher import default_cache_dir, load, locate
+from embedistill.training.batches import count_tokens
 
 _SAMPLE = 128
 
@@ -63,12 +64,14 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     sizes = plan_student(recipe.student, config, teacher).sizes
     training = recipe.training
     n_texts, sample = _sample_corpus(recipe, max(_SAMPLE, training.batch_size))
+    batch = _fill_batch(teacher, sample, training)
+    steps = training.epochs * n_texts / len(batch)
     forecasts = forecast(
         teacher,
         {"student": sizes, **list_neighbours(config, sizes)},
         recipe.student.embedding_size or teacher.get_embedding_dimension() or sizes.hidden_size,
-        step_texts=sample[: training.batch_size],
-        steps=training.epochs * n_texts / training.batch_size,
+        step_texts=batch,
+        steps=min(steps, training.steps or steps),
         most_hours=training.minutes / 60 if training.minutes else None,
         dtype=choose_dtype(training.dtype),
     )
@@ -98,6 +101,14 @@ def plan_section(config: dict[str, Any], section: ShapeSection, where: str) -> T
     """Return what the sizes of a section stand for."""
     sizes = {name: getattr(section, name) for name in ShapeSection.model_fields}
     return plan_transformer(config, **sizes, where=where)
+
+
+def _fill_batch(model: SentenceTransformer, texts: list[str], section: TrainingSection) -> list[str]:
+    """Return as many texts as a batch holds on average."""
+    size = section.batch_size
+    if section.batch_tokens:
+        size = min(size, max(1, int(section.batch_tokens / count_tokens(model, texts).mean())))
+    return texts[:size]
 
 
 def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:

@@ -76,7 +76,7 @@ from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
 _FIT_TEXTS = 5_000
-_PCA_TEXTS = 20_000
+_SAMPLE_TEXTS = 20_000
 _SPEED_TEXTS = 64
 TARGETS = "targets.json"
 ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
@@ -341,15 +341,17 @@ class _Line:
         inputs, vectors = self._sample(source)
         size = section.embedding_size
         projection = fit_pca(vectors, size) if size and size < vectors.shape[1] else None
-        texts, vectors = inputs[:_FIT_TEXTS], vectors[:_FIT_TEXTS]
-        targets, counted = project(vectors, projection), list_inputs(source, self.training_texts)
+        counted = list_inputs(source, self.training_texts)
         layers: list[int] | None = None
         if plan:
-            student, layers = build_student(source, plan, texts, vectors, projection=projection, counted=counted)
-        elif self.start:
-            student = add_head(list_body(load(self.start)), source, texts, targets)
+            student, layers = build_student(source, plan, inputs, vectors, projection=projection, counted=counted)
         else:
-            student = build_static(source, texts, targets, vocabulary_size=section.vocabulary_size, counted=counted)
+            texts, targets = inputs[:_FIT_TEXTS], project(vectors[:_FIT_TEXTS], projection)
+            if self.start:
+                student = add_head(list_body(load(self.start)), source, texts, targets)
+            else:
+                pieces = section.vocabulary_size
+                student = build_static(source, texts, targets, vocabulary_size=pieces, counted=counted)
         self._save(student, self.folder / name, projection, layers)
         return {"layers": layers}
 
@@ -370,7 +372,7 @@ class _Line:
     def _sample(self, model: SentenceTransformer) -> tuple[list[str], Embeddings]:
         """Return some training texts as the model sees them, in random order, and the teacher's vectors of them."""
         inputs, vectors = [], []
-        share = _PCA_TEXTS / sum(len(texts) for texts in self.training_texts.values())
+        share = _SAMPLE_TEXTS / sum(len(texts) for texts in self.training_texts.values())
         for kind, texts in self.training_texts.items():
             some = texts[: math.ceil(share * len(texts))]
             inputs += [find_prompt(model, kind) + text for text in some]

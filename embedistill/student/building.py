@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,7 @@ _SELECT_TEXTS = 500
 _BRIDGE_TEXTS = 300
 _FEWEST_TEXTS = 8  # that similarities are correlated on
 _FEWEST_TOKENS = 16  # for each neuron, to fit a student as wide as its teacher
-_HEAD_ROWS = 2  # texts for each input of the head, at least
+_HEAD_TOKENS = 1_000_000  # estimated from the first texts
 _MOST_FITTED = 2 / 3  # of the layers: with more, what is cut is near enough to its teacher
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
@@ -52,7 +53,8 @@ def build_student(
         teacher: The teacher in fp32; it is left as it is. Its modules are a transformer, a pooling, and whatever else.
         plan: The sizes and layers.
         texts: Texts to fit on, as the model sees them: with their prompts. The first 64 are for the search of layers
-            alone; of the others the blocks are fitted on as many as make 120,000 tokens.
+            alone; of the others the blocks are fitted on as many as make 120,000 tokens, and the head on as many as
+            make a million: it has many weights, and the more texts it is solved on, the better a student starts.
         vectors: The teacher's vectors of the texts, shape (n_texts, dim).
         projection: The PCA that the student's space is, shape (dim, embedding_size); None: the teacher's own space.
         counted: Texts whose pieces are counted where the vocabulary is trimmed; default: those to fit on.
@@ -81,11 +83,12 @@ def build_student(
         transformer.model = keep_layers(transformer.model, layers)
     else:
         transformer.model = select_narrow(transformer.model, sizes, layers, ids=ids[:_SELECT_TEXTS])
-    n_texts = max(len(ids), _HEAD_ROWS * sizes.hidden_size)
+    n_texts = math.ceil(len(ids) * _HEAD_TOKENS / sum(len(text) for text in ids))
     texts, vectors = texts[cut : cut + n_texts], vectors[cut : cut + n_texts]
     pooling: Any = modules[1]
     modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": sizes.hidden_size})
-    pooled = _embed_roughly(modules, texts) if fitted else None
+    packed = teacher.device.type == "cpu" and can_pack(transformer.model)
+    pooled = _embed_roughly(modules, texts) if packed else None
     return add_head(modules, teacher, texts, project(vectors, projection), pooled), layers
 
 

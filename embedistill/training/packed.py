@@ -1,16 +1,16 @@
 """Texts of any length in one batch, with little padding or none.
 
 A BERT-like student on processors trains as `embedistill.encoding.packed` encodes, with gradients: all tokens of a batch
-are the rows of one matrix, attention is taken over texts of equal length at a time. Attention and its gradient are
-written out, because the fused ones of torch are several times as slow on the many short texts of a batch. Any other
-transformer runs the texts of a batch in a few runs of like length.
+are the rows of one matrix, attention is taken over texts of like length at a time, padded to the longest of them.
+Attention and its gradient are written out, because the fused ones of torch are several times as slow on the many short
+texts of a batch. Any other transformer runs the texts of a batch in a few runs of like length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -20,9 +20,10 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
 from embedistill.architectures import architecture_of, find_layers
-from embedistill.encoding.packed import Group, can_pack, find_padding, group, positions_of
+from embedistill.encoding.packed import can_pack, find_padding, group, positions_of
 
 _RUNS = 8
+_PADDING = 64  # tokens that cost about as much as another run of texts
 
 
 @contextmanager
@@ -78,11 +79,12 @@ class _Forward:
     ) -> BaseModelOutput:
         """Return last hidden states as the model would, zeros where there is padding."""
         n_texts, longest = input_ids.shape
-        lengths = attention_mask.sum(1)
-        order = lengths.argsort(stable=True)
+        lengths, order = attention_mask.sum(1).sort(stable=True)
+        padded = torch.tensor(_pad(lengths.tolist()))
         columns = torch.arange(longest)
-        places = (order[:, None] * longest + columns)[columns < lengths[order, None]]
-        groups = group(lengths[order].tolist())
+        taken, real = (columns < some[:, None] for some in (padded, lengths))
+        places, real = (order[:, None] * longest + columns)[taken], real[taken]
+        runs = _list_runs(lengths, padded)
         given = {"input_ids": input_ids, "position_ids": positions_of(input_ids, find_padding(self._body))}
         if token_type_ids is not None:
             given["token_type_ids"] = token_type_ids
@@ -91,9 +93,9 @@ class _Forward:
             hidden = self._body.embeddings(**chosen)[0]
             bias = self._position_bias(longest)
             for layer in find_layers(self._body):
-                hidden = self._run_layer(layer, hidden, groups, bias)
-        padded = hidden.new_zeros(n_texts * longest, hidden.shape[1]).index_copy(0, places, hidden)
-        return BaseModelOutput(last_hidden_state=padded.view(n_texts, longest, -1))
+                hidden = self._run_layer(layer, hidden, runs, bias)
+        states = hidden.new_zeros(n_texts * longest, hidden.shape[1]).index_copy(0, places[real], hidden[real])
+        return BaseModelOutput(last_hidden_state=states.view(n_texts, longest, -1))
 
     def _position_bias(self, length: int) -> Tensor | None:
         """Return MPNet's relative position biases, (1, heads, length, length)."""
@@ -102,14 +104,14 @@ class _Forward:
         bias: Tensor = self._body.encoder.compute_position_bias(torch.zeros(1, length, 1))
         return bias.to(self._dtype)
 
-    def _run_layer(self, layer: Any, hidden: Tensor, groups: Sequence[Group], bias: Tensor | None) -> Tensor:
+    def _run_layer(self, layer: Any, hidden: Tensor, runs: Sequence[_Run], bias: Tensor | None) -> Tensor:
         names, low = self._names, hidden.to(self._dtype)
         join, grow, shrink = (layer.get_submodule(name) for name in (names.join, names.grow, names.shrink))
         parts = [layer.get_submodule(str(name)) for name in (names.query, names.key, names.value)]
         weight, offset = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
         multiply: Any = _Product.apply
         attend: Any = _Attention.apply
-        mixed = attend(multiply(low, weight, offset), bias, groups, self._heads)
+        mixed = attend(multiply(low, weight, offset), bias, runs, self._heads)
         hidden = layer.get_submodule(names.attention_norm)(hidden + multiply(mixed, join.weight, join.bias))
         grown = functional.gelu(multiply(hidden.to(self._dtype), grow.weight, grow.bias))
         out: Tensor = layer.get_submodule(names.output_norm)(hidden + multiply(grown, shrink.weight, shrink.bias))
@@ -134,21 +136,23 @@ class _Product(Function):
 
 
 class _Attention(Function):
-    """softmax(Q K^T / sqrt(d) + bias) V of projected texts (n_tokens, 3 width), groups of equal length at a time."""
+    """softmax(Q K^T / sqrt(d) + bias) V of projected texts (n_tokens, 3 width), a run at a time."""
 
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, bias: Tensor | None, groups: Sequence[Group], heads: int) -> Tensor:
+    def forward(ctx: Any, projected: Tensor, bias: Tensor | None, runs: Sequence[_Run], heads: int) -> Tensor:
         mixed = projected.new_empty(len(projected), projected.shape[1] // 3)
         shares = []
-        for one in groups:
-            (query, key, value), length = _split(projected, one, heads, 3).contiguous(), one[2]
+        for one in runs:
+            (query, key, value), length = _split(projected, one, heads, 3).contiguous(), one.length
             scores = (query @ key.mT).mul_(query.shape[-1] ** -0.5)
             if bias is not None:
                 scores += bias[:, :, :length, :length]
+            if one.padding is not None:
+                scores.masked_fill_(one.padding, -torch.inf)
             shares.append(scores.softmax(-1))
             _split(mixed, one, heads, 1)[0].copy_(shares[-1] @ value)
         ctx.save_for_backward(projected, bias, *shares)
-        ctx.groups, ctx.heads = groups, heads
+        ctx.runs, ctx.heads = runs, heads
         return mixed
 
     @staticmethod
@@ -156,8 +160,8 @@ class _Attention(Function):
         projected, bias, *shares = ctx.saved_tensors
         by_projected = torch.empty_like(projected)
         by_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[1] else None
-        for one, share in zip(ctx.groups, shares, strict=True):
-            (query, key, value), length = _split(projected, one, ctx.heads, 3).contiguous(), one[2]
+        for one, share in zip(ctx.runs, shares, strict=True):
+            (query, key, value), length = _split(projected, one, ctx.heads, 3).contiguous(), one.length
             (grad,) = _split(grads[0], one, ctx.heads, 1).contiguous()
             by_scores = torch._softmax_backward_data(grad @ value.mT, share, -1, share.dtype)
             if by_bias is not None:
@@ -170,8 +174,40 @@ class _Attention(Function):
         return by_projected, by_bias, None, None
 
 
-def _split(rows: Tensor, one: Group, heads: int, parts: int) -> Tensor:
-    """Return a view of a group's rows (n_tokens, parts x width) as (parts, n_texts, heads, length, d)."""
-    first, n_texts, length = one
+class _Run(NamedTuple):
+    """Texts of like length: first row, how many, rows of each, and where these are padding, (n_texts, 1, 1, length)."""
+
+    first: int
+    n_texts: int
+    length: int
+    padding: Tensor | None
+
+
+def _list_runs(lengths: Tensor, padded: Tensor) -> list[_Run]:
+    """Return the runs of texts of these lengths, in rising order, that are padded to these."""
+    runs, text = [], 0
+    for first, n_texts, length in group(padded.tolist()):
+        padding = torch.arange(length) >= lengths[text : text + n_texts, None, None, None]
+        runs.append(_Run(first, n_texts, length, padding if padding.any() else None))
+        text += n_texts
+    return runs
+
+
+def _pad(lengths: Sequence[int]) -> list[int]:
+    """Return lengths, in rising order, raised to those of longer texts as far as that costs less than another run."""
+    padded = list(lengths)
+    cost = 0
+    for place in range(len(lengths) - 2, -1, -1):
+        cost += padded[place + 1] - lengths[place]
+        if cost <= _PADDING:
+            padded[place] = padded[place + 1]
+        else:
+            cost = 0
+    return padded
+
+
+def _split(rows: Tensor, one: _Run, heads: int, parts: int) -> Tensor:
+    """Return a view of a run's rows (n_tokens, parts x width) as (parts, n_texts, heads, length, d)."""
+    first, n_texts, length, _ = one
     some = rows[first : first + n_texts * length]
     return some.view(n_texts, length, parts, heads, -1).permute(2, 0, 3, 1, 4)
