@@ -272,15 +272,19 @@ def test_near_duplicates_are_dropped_and_counted() -> None:
 def test_shares_are_as_even_as_counts_allow() -> None:
     assert share_out(Counter(a=2, b=50, c=50), 20) == {"a": 2, "b": 9, "c": 9}
     assert share_out(Counter(a=2, b=3), 20) == {"a": 2, "b": 3}
+    assert share_out(Counter(a=90, b=90), 40, {"a": 3, "b": 1}) == {"a": 30, "b": 10}
+    assert share_out(Counter(a=15, b=90), 40, {"a": 3, "b": 1}) == {"a": 15, "b": 25}
 
 
-def test_records_are_selected_evenly_by_source_and_length() -> None:
+def test_records_are_selected_by_source_length_and_cost() -> None:
     records = [
         Record("x" * (10 if number % 10 else 200), "rare" if number % 10 == 3 else "often") for number in range(100)
     ]
     assert Counter(record.source for record in select(records, 20, "source")) == {"rare": 10, "often": 10}
     assert Counter(len(record.text) for record in select(records, 20, "length")) == {10: 10, 200: 10}
     assert select(records, 20, "random") == records[:20]
+    costly = [Record("x" * (16 if number % 5 else 64)) for number in range(100)]  # 80 / 4 to 20 / 8
+    assert Counter(len(record.text) for record in select(costly, 45, "cost")) == {16: 40, 64: 5}
     assert select(records, None, "source") == records
 
 

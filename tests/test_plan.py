@@ -100,6 +100,24 @@ def test_neighbours_differ_in_one_thing_each() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("settings", "texts", "seconds"),
+    [
+        (["training.epochs=2", "training.batch_size=16"], 16, 2 * 256 / 16),
+        (["training.epochs=2", "training.batch_size=16", "training.steps=5"], 16, 5),
+        (["training.epochs=2", "training.batch_size=16", "training.batch_tokens=8"], 1, 2 * 256),
+    ],
+)
+def test_a_plan_times_the_steps_that_training_takes(
+    recipe_file: Path, settings: list[str], texts: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(forecasts, "time_step", lambda model, some, dtype: seen.append(len(some)) or 1.0)
+    outlook = plan(load_recipe(recipe_file, *settings))
+    assert set(seen) == {texts}
+    assert outlook.forecasts[1].training_hours == pytest.approx(seconds / 3600)
+
+
 def test_a_plan_counts_the_corpus_and_fits_the_time(recipe_file: Path) -> None:
     outlook = plan(load_recipe(recipe_file, "training.minutes=0.6", "training.epochs=1000"))
     assert outlook.texts == round(0.8 * 2 * 160)  # 160 texts and as many queries, a fifth held out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import faiss
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from embedistill.corpus.records import Record
 from embedistill.progress import progress_bar
 
-By = Literal["random", "source", "length", "diversity"]
+By = Literal["random", "source", "length", "cost", "diversity"]
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 """From texts to cheap unit vectors, (n_texts, dim)."""
 
@@ -28,7 +29,9 @@ def select(records: Sequence[Record], size: int | None, by: By, embed: Embed | N
 
     random takes the first, so that the order has to be one by chance. The others cut the corpus into groups and take as
     even a number of each as there are, first come first: by source; by length, a group for each doubling of characters;
-    by diversity, in k-means clusters of cheap embeddings.
+    by diversity, in k-means clusters of cheap embeddings. cost takes of the groups by length in proportion to their
+    number divided by the root of their mean length, which is the best sample that a budget of characters buys (optimal
+    allocation, Neyman, 1934, where texts of all lengths vary alike).
 
     Args:
         records: In random order.
@@ -38,18 +41,21 @@ def select(records: Sequence[Record], size: int | None, by: By, embed: Embed | N
     """
     if size is None or size >= len(records):
         return list(records)
+    weights: dict[str, float] = {}
     match by:
         case "random":
             return list(records[:size])
         case "source":
             groups = [record.source for record in records]
-        case "length":
+        case "length" | "cost":
             groups = [str(len(record.text).bit_length()) for record in records]
+            if by == "cost":
+                weights = _weigh(records, groups)
         case "diversity":
             if embed is None:
                 raise ValueError("diversity needs embed")
             groups = _cluster(records, min(size // _CLUSTER_RECORDS + 1, _MOST_CLUSTERS), embed)
-    quotas = share_out(Counter(groups), size)
+    quotas = share_out(Counter(groups), size, weights)
     chosen = []
     for record, group in zip(records, groups, strict=True):
         if quotas[group] > 0:
@@ -58,13 +64,27 @@ def select(records: Sequence[Record], size: int | None, by: By, embed: Embed | N
     return chosen
 
 
-def share_out(counts: Counter[str], size: int) -> dict[str, int]:
-    """Return how many to take of each group, as even as their counts allow, `size` in all (or all there are)."""
+def share_out(counts: Counter[str], size: int, weights: Mapping[str, float] | None = None) -> dict[str, int]:
+    """Return how many to take of each group, `size` in all or all there are.
+
+    As near in proportion to the weights, equal ones by default, as their counts allow.
+    """
+    weigh = {group: (weights or {}).get(group, 1.0) for group in counts}
+    order = sorted(counts, key=lambda group: (counts[group] / weigh[group], group))
     quotas, left = {}, size
-    for number, (group, count) in enumerate(sorted(counts.items(), key=lambda item: (item[1], item[0]))):
-        quotas[group] = min(count, left // (len(counts) - number))
+    for number, group in enumerate(order):
+        share = weigh[group] / sum(weigh[other] for other in order[number:])
+        quotas[group] = min(counts[group], int(left * share + 1e-9))
         left -= quotas[group]
     return quotas
+
+
+def _weigh(records: Sequence[Record], groups: Sequence[str]) -> dict[str, float]:
+    """Return the number of each group's records, divided by the root of their mean length."""
+    counts, characters = Counter(groups), Counter[str]()
+    for record, group in zip(records, groups, strict=True):
+        characters[group] += len(record.text)
+    return {group: count / math.sqrt(characters[group] / count) for group, count in counts.items()}
 
 
 def _cluster(records: Sequence[Record], n_clusters: int, embed: Embed) -> list[str]:

@@ -60,10 +60,11 @@ class SelectSection(Section):
     """Which records of the corpus are used."""
 
     size: Count | None = Field(None, description="At most this many records, training and held out; default: all.")
-    by: Literal["random", "source", "length", "diversity"] = Field(
+    by: Literal["random", "source", "length", "cost", "diversity"] = Field(
         "random",
         description="How they are selected: random, or evenly: by the column source, by length (a share for each "
-        "doubling), or by diversity (in clusters of cheap embeddings).",
+        "doubling), or by diversity (in clusters of cheap embeddings); or by cost: fewer of the long ones, which cost "
+        "more (optimal allocation).",
     )
 
 

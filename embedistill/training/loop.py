@@ -1,4 +1,4 @@
-"""One call to SentenceTransformerTrainer: targets from the cache, batches of like length, checkpoints that resume."""
+"""One call to SentenceTransformerTrainer: targets from the cache, batches within budgets, checkpoints that resume."""
 
 from __future__ import annotations
 
