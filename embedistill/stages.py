@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from embedistill.errors import UsageError
 from embedistill.files import PART, fingerprint, read_json, remove, write_json, write_text
 from embedistill.progress import note
+from embedistill.recipe.notation import parse
 
 SCHEMA_VERSION = 1
 RECIPE = "recipe.yaml"
@@ -152,7 +152,7 @@ def _claim(folder: Path, recipe: str, disposable: Sequence[str]) -> None:
             raise UsageError(str(folder), f"no run of ours, but {', '.join(others[:3])}", "a new folder or a run's", do)
         write_text(path, recipe)
         return
-    there, wanted = (_flatten(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), recipe))
+    there, wanted = (_flatten(parse(text)) for text in (path.read_text(encoding="utf-8"), recipe))
     changed = [key for key in sorted(there | wanted) if there.get(key) != wanted.get(key)]
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     if changed and not set(record.get("stages", {})) - set(disposable):

@@ -36,6 +36,11 @@ Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 Location = tuple[str | int, ...]
 
 
+def parse(text: str) -> Any:
+    """Return what some YAML stands for."""
+    return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, str], list[UsageError]]:
     """Return the tree of a YAML file, where each of its keys stands, and the duplicate keys as problems."""
     lines: dict[Location, str] = {(): f"{path}:1"}
@@ -87,7 +92,7 @@ def apply_override(override: str, tree: dict[str, Any], lines: dict[Location, st
     if not equals or not key:
         return [UsageError(f"override {override!r}", "no value", "key=value, such as training.minutes=30")]
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        value = parse(text)
     except yaml.YAMLError:
         value = text
     *folders, name = place = tuple(key.split("."))
