@@ -96,6 +96,7 @@ def train(
             Checkpoints and the best weights stay in `work_dir`.
     """
     _switch_dropout_off(student)
+    student.model_card_data.generate_widget_examples = False
     training = _Training(
         student=student,
         dataset=Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))}),
