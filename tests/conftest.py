@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -154,3 +157,36 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests out of the user's folders."""
     monkeypatch.setenv("EMBEDISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+
+
+FORKS = """
+import json, os, sys, traceback
+module, code, runs = json.load(sys.stdin)
+__import__(module)
+exits = []
+for arguments in runs:
+    child = os.fork()
+    if not child:
+        sys.argv[1:] = arguments
+        try:
+            exec(code, {})
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    exits.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(exits), flush=True)
+"""
+
+
+def run_in_forks(module: str, code: str, runs: Sequence[Sequence[str]]) -> list[int]:
+    """Run some code once for each list of arguments, in processes of their own that share the import of a module.
+
+    Returns:
+        Their exit codes; minus the signal of those that were killed.
+    """
+    given = json.dumps([module, code, runs])
+    done = subprocess.run([sys.executable, "-c", FORKS], input=given, capture_output=True, text=True, check=False)
+    print(done.stderr)  # noqa: T201 - pytest shows it where a test fails
+    exits: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return exits

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import run_in_forks
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from tokenizers import Tokenizer
@@ -328,14 +327,11 @@ CachedTeacher(encoder, root).encode_missing(texts)
 def test_a_kill_at_any_moment_changes_no_bit(mpnet_dir: Path, tmp_path: Path, sentences: list[str]) -> None:
     (tmp_path / "texts").write_text("\n".join(sentences[:120]))
 
-    def run(root: str, kill_at: int) -> int:
-        arguments = [str(mpnet_dir), str(tmp_path / root), str(kill_at), str(tmp_path / "texts")]
-        return subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False).returncode
-
-    assert run("whole", 0) == 0
-    for kill_at in (2, 4, 5, 3, 1):  # before a rename, with the manifest or shards before it; behind one
-        assert run("killed", kill_at) == -signal.SIGKILL
-    assert run("killed", 0) == 0
+    moments = [2, 4, 5, 3, 1]  # before a rename, with the manifest or shards before it; behind one
+    runs = [("whole", 0), *[("killed", kill_at) for kill_at in moments], ("killed", 0)]
+    arguments = [[str(mpnet_dir), str(tmp_path / root), str(at), str(tmp_path / "texts")] for root, at in runs]
+    exits = run_in_forks("embedistill.encoding.cached", KILLED, arguments)
+    assert exits == [0, *[-signal.SIGKILL] * len(moments), 0]
 
     def read(root: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted((tmp_path / root).glob("*/*.arrow"))}

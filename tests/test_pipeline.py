@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import filelock
 import numpy as np
 import pytest
+from conftest import run_in_forks
 from sentence_transformers import SentenceTransformer
 
 from embedistill import compare, distill, evaluate, load_recipe, pipeline, precomputation, stages
@@ -38,7 +37,9 @@ def killing(function, at):
         return function(*args, **kwargs)
     return wrapped
 
-place, at = sys.argv[2], int(sys.argv[3])
+folder, place, at = sys.argv[2], sys.argv[3], int(sys.argv[4])
+os.makedirs(folder, exist_ok=True)
+os.chdir(folder)
 if place:
     module_name, _, name = place.rpartition(":")
     module = __import__(module_name, fromlist=["x"])
@@ -62,12 +63,6 @@ KILLS = [
 ]
 
 
-def run_process(recipe: Path, folder: Path, place: str, at: int) -> int:
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", RUN, str(recipe), place, str(at)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).returncode
-
-
 def comparable(folder: Path) -> dict[str, object]:
     """Return a report without what time and place make of it."""
     report = json.loads((folder / "report.json").read_text())
@@ -80,10 +75,10 @@ def comparable(folder: Path) -> dict[str, object]:
 
 def test_killed_in_every_stage_the_run_comes_to_the_same_report(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("epochs: 2,", "epochs: 2, then: {on: queries, share: 0.3},"))
-    for place, at in KILLS:
-        assert run_process(recipe_file, tmp_path / "killed", place, at) == -signal.SIGKILL, place
-    assert run_process(recipe_file, tmp_path / "killed", "", 0) == 0
-    assert run_process(recipe_file, tmp_path / "whole", "", 0) == 0
+    runs = [*[("killed", place, at) for place, at in KILLS], ("killed", "", 0), ("whole", "", 0)]
+    arguments = [[str(recipe_file), str(tmp_path / name), place, str(at)] for name, place, at in runs]
+    exits = run_in_forks("embedistill.pipeline", RUN, arguments)
+    assert exits == [-signal.SIGKILL] * len(KILLS) + [0, 0]
     killed, whole = comparable(tmp_path / "killed" / "run"), comparable(tmp_path / "whole" / "run")
     assert killed.keys() == whole.keys()
     assert killed["corpus"] == whole["corpus"]
