@@ -1,11 +1,12 @@
 r"""What each setting of the training is worth: trainings of equal length from one start, on dev data.
 
-    python eval/ablate.py mpnet-14m --data DATA --out eval/results/ablation.json --runs runs/ablation \
-        corpus.source=all.parquet training.minutes=10 -- \
+    python eval/ablate.py mpnet-14m --data DATA --out eval/results/ablation --runs runs/ablation \
+        corpus.source=all.parquet training.minutes=null training.steps=400 -- \
         plain: 'ranking:training.objectives.ranking=1;training.neighbours=8'
 
 Behind `--` stand the variants, NAME:key=value;key=value each. The first run encodes and builds; every variant starts
-from a copy of it. A variant that is in the results is not run again. It wants the machine for itself.
+from a copy of it. A variant whose results are there is not run again. Steps are as many however busy the machine is:
+start it twice, with OMP_NUM_THREADS=1, and the two share the work.
 """
 
 from __future__ import annotations
@@ -13,57 +14,71 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from embedistill import distill, load_recipe
+import filelock
+
+from embedistill import Run, distill, load_recipe
+from embedistill.evaluation.scoring import score_model
+from embedistill.evaluation.tasks import load_tasks
 from embedistill.files import read_json, write_json, write_text
-from embedistill.recipe import dump_recipe
+from embedistill.recipe import Recipe, dump_recipe
+from embedistill.teacher import encode
 
-DEV = "[agreement, STSBenchmark.dev, TIME, CISI]"
+DEV = ["STSBenchmark.dev", "TIME", "CISI"]
 MADE_AGAIN = ("training", "evaluation", "report")
 
 
 def main() -> None:
     """Run what is missing, and print all there is."""
     split = sys.argv.index("--")
-    recipe, *given = sys.argv[1:split]
-    options = dict(zip(given[::2], given[1::2], strict=False)) if given and given[0].startswith("--") else {}
-    overrides = [one for one in given if "=" in one]
-    data, out, runs = (Path(options[name]) for name in ("--data", "--out", "--runs"))
-    common = [*overrides, f"evaluation.tasks={DEV}", f"evaluation.data={data}", "evaluation.margin=0.03"]
-    results = read_json(out) if out.is_file() else {}
-    base = runs / "base"
-    if not (base / "report.json").is_file():
-        distill(load_recipe(recipe, *common, "training.steps=1", "name=base"), base)
+    name, *given = sys.argv[1:split]
+    options = dict(zip(given[:6:2], given[1:6:2], strict=True))
+    data, out, runs = (Path(options[option]) for option in ("--data", "--out", "--runs"))
+    common = [*given[6:], "evaluation.tasks=[agreement]", "search=null"]
+    for folder in (out, runs):
+        folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(runs / "base.lock"):
+        if not (runs / "base" / "report.json").is_file():
+            distill(load_recipe(name, *common, "training.steps=1", "name=base"), runs / "base")
     for variant in sys.argv[split + 1 :]:
-        name, _, settings = variant.partition(":")
-        if name not in results:
-            loaded = load_recipe(recipe, *common, *(one for one in settings.split(";") if one), f"name={name}")
-            results[name] = {"settings": settings, **measure(base, runs / name, dump_recipe(loaded), loaded)}
-            write_json(out, results)
-    print(json.dumps(results, indent=1))
+        label, _, settings = variant.partition(":")
+        found, lock = out / f"{label}.json", filelock.FileLock(runs / f"{label}.lock", blocking=False)
+        if found.is_file():
+            continue
+        try:
+            with lock:
+                recipe = load_recipe(name, *common, *filter(None, settings.split(";")), f"name={label}")
+                run = train_from(runs / "base", runs / label, recipe)
+                write_json(found, {"settings": settings, **measure(run, data)})
+        except filelock.Timeout:
+            continue  # another process is at it
+    print(json.dumps({path.stem: read_json(path) for path in sorted(out.glob("*.json"))}, indent=1))
 
 
-def measure(base: Path, folder: Path, text: str, recipe: object) -> dict[str, object]:
-    """Train one variant from the start that the base run made, and return its report's figures."""
+def train_from(base: Path, folder: Path, recipe: Recipe) -> Run:
+    """Train one variant from the start that the base run made."""
     if not folder.exists():
         shutil.copytree(base, folder)
-        write_text(folder / "recipe.yaml", text)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
         record = read_json(folder / "run.json")
         for stage in MADE_AGAIN:
             record["stages"].pop(stage, None)
         write_json(folder / "run.json", record)
-    distill(recipe, folder)  # type: ignore[arg-type]
-    report = read_json(folder / "report.json")
-    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return distill(recipe, folder)
+
+
+def measure(run: Run, data: Path) -> dict[str, Any]:
+    """Return the readings on the way and what the student comes to on dev sets."""
+    tasks = load_tasks(DEV, data, skip_missing=False)
+    results = score_model(tasks, partial(encode, run.student), role="student", model=str(run.folder))
+    log = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
     return {
-        "figures": {
-            f"{found['task']} {found['metric']} {role}": value
-            for found in report["comparisons"]
-            for role, value in found["values"].items()
-        },
+        "figures": {f"{result.task} {name}": value for result in results for name, value in result.metrics.items()},
         "steps": max(entry["step"] for entry in log),
-        "readings": [entry["dev_cosine"] for entry in log if "dev_cosine" in entry],
+        "cosine": {entry["step"]: entry["dev_cosine"] for entry in log if "dev_cosine" in entry},
     }
 
 
