@@ -21,9 +21,10 @@ from embedistill.errors import UsageError
 from embedistill.forecast import Forecast, choose_by_speed, forecast
 from embedistill.precomputation import read_records
 from embedistill.recipe import Recipe, ShapeSection, StudentSection, TrainingSection
+from embedistill.student.head import Matrix
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, plan_transformer
 from embedistill.teacher import default_cache_dir, load, locate
-from embedistill.training.batches import count_tokens
+from embedistill.training.batches import Rows, count_tokens
 
 _SAMPLE = 128
 
@@ -64,13 +65,13 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     sizes = plan_student(recipe.student, config, teacher).sizes
     training = recipe.training
     n_texts, sample = _sample_corpus(recipe, max(_SAMPLE, training.batch_size))
-    batch = _fill_batch(teacher, sample, training)
+    batch = _fill_batch(count_tokens(teacher, sample), training)
     steps = training.epochs * n_texts / len(batch)
     forecasts = forecast(
         teacher,
         {"student": sizes, **list_neighbours(config, sizes)},
         recipe.student.embedding_size or teacher.get_embedding_dimension() or sizes.hidden_size,
-        step_texts=batch,
+        step_texts=[sample[row] for row in batch],
         steps=min(steps, training.steps or steps),
         most_hours=training.minutes / 60 if training.minutes else None,
         dtype=choose_dtype(training.dtype),
@@ -103,12 +104,14 @@ def plan_section(config: dict[str, Any], section: ShapeSection, where: str) -> T
     return plan_transformer(config, **sizes, where=where)
 
 
-def _fill_batch(model: SentenceTransformer, texts: list[str], section: TrainingSection) -> list[str]:
-    """Return as many texts as a batch holds on average."""
+def _fill_batch(lengths: Matrix, section: TrainingSection) -> Rows:
+    """Return the rows, among texts of these lengths in tokens, of a batch as it is on average."""
     size = section.batch_size
     if section.batch_tokens:
-        size = min(size, max(1, int(section.batch_tokens / count_tokens(model, texts).mean())))
-    return texts[:size]
+        size = min(size, max(1, int(section.batch_tokens / lengths.mean())))
+    size = min(size, len(lengths))
+    middles = (np.arange(size) + 0.5) / size * len(lengths)
+    return np.argsort(lengths, kind="stable")[middles.astype(np.int64)]
 
 
 def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
@@ -116,19 +119,20 @@ def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
     section = recipe.corpus
     rng = np.random.default_rng(recipe.seed)
     sample: list[str] = []
-    count = queries = 0
+    count = n_records = 0
     for record in read_records(section):
         if record is None or len(record.text) < section.min_characters:
             continue
-        place = count if count < size else int(rng.integers(0, count + 1))
-        if place < size:
-            sample[place : place + 1] = [record.document]
-        count += 1
-        queries += bool(record.query)
+        n_records += 1
+        for text in filter(None, (record.document, record.query)):
+            place = count if count < size else int(rng.integers(0, count + 1))
+            if place < size:
+                sample[place : place + 1] = [text]
+            count += 1
     if not sample:
         raise UsageError(", ".join(section.sources), "no text", "a corpus")
-    share = min(1.0, (section.select.size or count) / count) * (1 - section.holdout)
-    return round(share * (count + queries)), sample
+    share = min(1.0, (section.select.size or n_records) / n_records) * (1 - section.holdout)
+    return round(share * count), sample
 
 
 def to_table(outlook: Outlook, title: str) -> Table:

@@ -23,7 +23,7 @@ import filelock
 from embedistill import Run, distill, load_recipe
 from embedistill.evaluation.scoring import score_model
 from embedistill.evaluation.tasks import load_tasks
-from embedistill.files import read_json, write_json, write_text
+from embedistill.files import read_json, write_json, write_text, written_aside
 from embedistill.recipe import Recipe, dump_recipe
 from embedistill.teacher import encode
 
@@ -45,12 +45,17 @@ def main() -> None:
             distill(load_recipe(name, *common, "training.steps=1", "name=base"), runs / "base")
     for variant in sys.argv[split + 1 :]:
         label, _, settings = variant.partition(":")
+        changes = [one for one in settings.split(";") if one]
+        if wrong := [one for one in changes if not one.startswith("training.")]:
+            sys.exit(
+                f"{label}: {wrong[0]} is not of training, and the start is the same for all: another --runs and --out"
+            )
         found, lock = out / f"{label}.json", filelock.FileLock(runs / f"{label}.lock", blocking=False)
         if found.is_file():
             continue
         try:
             with lock:
-                recipe = load_recipe(name, *common, *filter(None, settings.split(";")), f"name={label}")
+                recipe = load_recipe(name, *common, *changes, f"name={label}")
                 run = train_from(runs / "base", runs / label, recipe)
                 write_json(found, {"settings": settings, **measure(run, data)})
         except filelock.Timeout:
@@ -61,12 +66,13 @@ def main() -> None:
 def train_from(base: Path, folder: Path, recipe: Recipe) -> Run:
     """Train one variant from the start that the base run made."""
     if not folder.exists():
-        shutil.copytree(base, folder)
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        record = read_json(folder / "run.json")
-        for stage in MADE_AGAIN:
-            record["stages"].pop(stage, None)
-        write_json(folder / "run.json", record)
+        with written_aside(folder) as part:
+            shutil.copytree(base, part)
+            write_text(part / "recipe.yaml", dump_recipe(recipe))
+            record = read_json(part / "run.json")
+            for stage in MADE_AGAIN:
+                record["stages"].pop(stage, None)
+            write_json(part / "run.json", record)
     return distill(recipe, folder)
 
 

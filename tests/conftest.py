@@ -179,14 +179,19 @@ print(json.dumps(exits), flush=True)
 """
 
 
-def run_in_forks(module: str, code: str, runs: Sequence[Sequence[str]]) -> list[int]:
+def run_in_forks(module: str, code: str, runs: Sequence[Sequence[str]], hash_seed: int = 0) -> list[int]:
     """Run some code once for each list of arguments, in processes of their own that share the import of a module.
+
+    They share the order of sets and the state of numpy's random numbers too: what is compared with them is run apart,
+    with another seed of hashes.
 
     Returns:
         Their exit codes; minus the signal of those that were killed.
     """
-    given = json.dumps([module, code, runs])
-    done = subprocess.run([sys.executable, "-c", FORKS], input=given, capture_output=True, text=True, check=False)
+    given, environment = json.dumps([module, code, runs]), os.environ | {"PYTHONHASHSEED": str(hash_seed)}
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input=given, env=environment, capture_output=True, text=True, check=False
+    )
     print(done.stderr)  # noqa: T201 - pytest shows it where a test fails
     exits: list[int] = json.loads(done.stdout.splitlines()[-1])
     return exits

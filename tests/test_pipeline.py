@@ -75,10 +75,10 @@ def comparable(folder: Path) -> dict[str, object]:
 
 def test_killed_in_every_stage_the_run_comes_to_the_same_report(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("epochs: 2,", "epochs: 2, then: {on: queries, share: 0.3},"))
-    runs = [*[("killed", place, at) for place, at in KILLS], ("killed", "", 0), ("whole", "", 0)]
-    arguments = [[str(recipe_file), str(tmp_path / name), place, str(at)] for name, place, at in runs]
-    exits = run_in_forks("embedistill.pipeline", RUN, arguments)
-    assert exits == [-signal.SIGKILL] * len(KILLS) + [0, 0]
+    killed_at = [[str(recipe_file), str(tmp_path / "killed"), place, str(at)] for place, at in [*KILLS, ("", 0)]]
+    exits = run_in_forks("embedistill.pipeline", RUN, killed_at)
+    assert exits == [*[-signal.SIGKILL] * len(KILLS), 0]
+    assert run_in_forks("embedistill.pipeline", RUN, [[str(recipe_file), str(tmp_path / "whole"), "", "0"]], 1) == [0]
     killed, whole = comparable(tmp_path / "killed" / "run"), comparable(tmp_path / "whole" / "run")
     assert killed.keys() == whole.keys()
     assert killed["corpus"] == whole["corpus"]

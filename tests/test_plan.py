@@ -13,6 +13,7 @@ from embedistill.outlook import plan
 from embedistill.recipe import load_recipe
 from embedistill.student.building import build_student
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, list_rungs
+from embedistill.training.batches import count_tokens
 
 MPNET = {  # the configuration of all-mpnet-base-v2
     "model_type": "mpnet",
@@ -100,22 +101,26 @@ def test_neighbours_differ_in_one_thing_each() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "texts", "seconds"),
-    [
-        (["training.epochs=2", "training.batch_size=16"], 16, 2 * 256 / 16),
-        (["training.epochs=2", "training.batch_size=16", "training.steps=5"], 16, 5),
-        (["training.epochs=2", "training.batch_size=16", "training.batch_tokens=8"], 1, 2 * 256),
-    ],
-)
+@pytest.mark.parametrize(("settings", "seconds"), [([], 2 * 256 / 16), (["training.steps=5"], 5)])
 def test_a_plan_times_the_steps_that_training_takes(
-    recipe_file: Path, settings: list[str], texts: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, settings: list[str], seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(forecasts, "time_step", lambda model, some, dtype: seen.append(len(some)) or 1.0)
-    outlook = plan(load_recipe(recipe_file, *settings))
-    assert set(seen) == {texts}
+    monkeypatch.setattr(forecasts, "time_step", lambda model, texts, dtype: seen.append(len(texts)) or 1.0)
+    outlook = plan(load_recipe(recipe_file, "training.epochs=2", "training.batch_size=16", *settings))
+    assert set(seen) == {16}
     assert outlook.forecasts[1].training_hours == pytest.approx(seconds / 3600)
+
+
+def test_a_planned_batch_fills_its_tokens(
+    recipe_file: Path, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(forecasts, "time_step", lambda model, texts, dtype: seen.append(texts) or 1.0)
+    outlook = plan(load_recipe(recipe_file, "training.epochs=1", "training.batch_tokens=150"))
+    tokens = count_tokens(SentenceTransformer(str(teacher_dir)), seen[0]).sum()
+    assert 120 < tokens < 160
+    assert outlook.forecasts[1].training_hours == pytest.approx(256 / len(seen[0]) / 3600)
 
 
 def test_a_plan_counts_the_corpus_and_fits_the_time(recipe_file: Path) -> None:

@@ -198,6 +198,11 @@ def _has_onednn_bfloat16() -> bool:
     return available and hasattr(ops, "_reorder_linear_weight") and bool(ops._is_mkldnn_bf16_supported())
 
 
+def rough_format() -> torch.dtype:
+    """Return the number format for products that need not be exact: bfloat16 where this processor's library has it."""
+    return torch.bfloat16 if _has_onednn_bfloat16() else torch.float32
+
+
 def count_flops(model: nn.Module, lengths: Sequence[int]) -> float:
     """Return the floating-point operations of a transformer's layers on texts of these lengths, in tokens.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from embedistill.architectures import Sizes, find_words, keep_layers, read_sizes
 from embedistill.encoding.local import cut_batches, one_thread_a_batch
-from embedistill.encoding.packed import PackedBody, can_pack, pool
+from embedistill.encoding.packed import PackedBody, can_pack, pool, rough_format
 from embedistill.progress import note, progress_bar
 from embedistill.student.depth import SEARCH_TEXTS, search_layers
 from embedistill.student.head import Matrix, project, solve_ridge
@@ -33,7 +33,7 @@ _SELECT_TEXTS = 500
 _BRIDGE_TEXTS = 300
 _FEWEST_TEXTS = 8  # that similarities are correlated on
 _FEWEST_TOKENS = 16  # for each neuron, to fit a student as wide as its teacher
-_HEAD_TOKENS = 1_000_000  # estimated from the first texts
+_HEAD_TOKENS = 1_000_000  # as estimated from the texts of the fit
 _MOST_FITTED = 2 / 3  # of the layers: with more, what is cut is near enough to its teacher
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
@@ -112,11 +112,11 @@ def add_head(
 
 
 def _embed_roughly(modules: list[nn.Module], texts: Sequence[str]) -> Matrix:
-    """Return what a transformer and a pooling make of texts, (n_texts, width), in bf16 and without padding."""
+    """Return what a transformer and a pooling make of texts, (n_texts, width), roughly and without padding."""
     transformer: Any = modules[0]
     found = transformer.tokenizer(list(texts), truncation=True, max_length=transformer.max_seq_length)["input_ids"]
     ids = [torch.tensor(one) for one in found]
-    body = PackedBody(transformer.model, torch.bfloat16)
+    body = PackedBody(transformer.model, rough_format())
 
     def run(numbers: list[int]) -> tuple[list[int], Tensor]:
         states = body.forward([ids[number] for number in numbers])

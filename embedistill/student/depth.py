@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from embedistill.architectures import architecture_of, find_layers, keep_layers, set_layers
-from embedistill.encoding.packed import PackedBody, can_pack, group, pool
+from embedistill.encoding.packed import PackedBody, can_pack, group, pool, rough_format
 from embedistill.progress import note, progress_bar
 from embedistill.student.head import Matrix, solve_ridge
 
@@ -61,7 +61,7 @@ class _Packed:
 
     def __init__(self, teacher: SentenceTransformer, texts: Sequence[str], bridged_on: Sequence[str]) -> None:
         self._pooling: Any = teacher[1]
-        self._body = PackedBody(teacher[0].model, torch.bfloat16)
+        self._body = PackedBody(teacher[0].model, rough_format())
         ids, self._order = _tokenize(teacher, texts)
         self._groups = group([len(text) for text in ids])
         with torch.inference_mode():

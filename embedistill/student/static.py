@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from embedistill.encoding.packed import PackedBody, can_pack, pool
+from embedistill.encoding.packed import PackedBody, can_pack, pool, rough_format
 from embedistill.progress import progress_bar
 from embedistill.student.head import Matrix, solve_ridge
 from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tokenizer
@@ -75,7 +75,7 @@ def _describe_pieces(teacher: SentenceTransformer, pieces: list[int]) -> Matrix:
     around = tokenizer("")["input_ids"]  # the special tokens before and behind
     place = min(1, len(around))
     ids = torch.tensor([[*around[:place], piece, *around[place:]] for piece in pieces], device=teacher.device)
-    packed = PackedBody(transformer.model, torch.bfloat16) if can_pack(transformer.model) else None
+    packed = PackedBody(transformer.model, rough_format()) if can_pack(transformer.model) else None
     alone: list[Tensor] = []
     encoded: list[Tensor] = []
     with progress_bar("teacher encodes pieces", len(pieces), "pieces") as advance:

@@ -30,7 +30,7 @@ from transformers import AutoModel
 
 from embedistill.architectures import Sizes, architecture_of, find_layers, find_words, resize
 from embedistill.encoding.local import cut_batches, one_thread_a_batch
-from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, positions_of
+from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, positions_of, rough_format
 from embedistill.progress import progress_bar
 from embedistill.student.selection import choose_heads
 
@@ -148,7 +148,7 @@ class _Fit:
 
     def __init__(self, teacher: Any, sizes: Sizes, layers: list[int], ids: list[Tensor], targets: Tensor) -> None:
         self.teacher, self.sizes, self.ids, self.targets = teacher, sizes, ids, targets
-        self.packed = PackedBody(teacher, torch.bfloat16)
+        self.packed = PackedBody(teacher, rough_format())
         self.chunks = _cut(ids)
         n_parts = math.ceil(sum(len(text) for text in ids) / _PART)
         self.parts = [slice(first, None, n_parts) for first in range(n_parts)]

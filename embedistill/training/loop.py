@@ -19,7 +19,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from safetensors.torch import load_file, load_model, save_file, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardCallback
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from embedistill.errors import EmbedistillError
@@ -96,7 +95,6 @@ def train(
             Checkpoints and the best weights stay in `work_dir`.
     """
     _switch_dropout_off(student)
-    student.model_card_data.generate_widget_examples = False
     training = _Training(
         student=student,
         dataset=Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))}),
@@ -194,7 +192,7 @@ class _Training:
         gc.collect()  # of an earlier trainer, its wrapper would go on to exchange gradients
         accumulation = 2 ** self.plan["halvings"]
         batching = replace(self.batching, parts=accumulation * world_size())
-        trainer = SentenceTransformerTrainer(
+        trainer = _Trainer(
             model=self.student,
             args=_arguments(
                 self.schedule,
@@ -211,8 +209,7 @@ class _Training:
             callbacks=callbacks,
             optimizers=(self._optimizer(), None),
         )
-        for chatty in (PrinterCallback, SentenceTransformerModelCardCallback):
-            trainer.remove_callback(chatty)
+        trainer.remove_callback(PrinterCallback)
         return trainer
 
     def _optimizer(self) -> MuonAdamW:
@@ -278,6 +275,13 @@ class _Training:
         steps = max(1, min(wanted, int(fitting)))
         note(f"Training: {steps:,} steps of {step:.2f} s, {steps / wanted * schedule.epochs:.1f} epochs")
         return steps
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """One that writes no training texts into a card."""
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Leave it out."""
 
 
 class _Watch(TrainerCallback):
