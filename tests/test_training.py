@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from torch.optim import AdamW, Muon
 
 from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError, UsageError
@@ -38,7 +37,6 @@ from embedistill.training.objectives import (
     ranking_distance,
     similarity_divergence,
 )
-from embedistill.training.optimizers import MuonAdamW
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Dev, Reading, find_fault, measure
 
@@ -372,34 +370,6 @@ def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
     for name, grad in grads.items():
         torch.testing.assert_close(packed_grads[name], grad, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(run_it()[0], vectors)
-
-
-def test_layers_are_moved_by_muon_and_all_else_by_adamw_in_proportion_to_their_size(teacher_dir: Path) -> None:
-    model = SentenceTransformer(str(teacher_dir), device="cpu")
-    weights = dict(model.named_parameters())
-    matrix = next(name for name in weights if name.endswith("query.weight"))
-    table = next(name for name in weights if name.endswith("word_embeddings.weight"))
-    with torch.no_grad():
-        weights[matrix].normal_(std=0.2)
-        weights[table].fill_(1e-4)  # nearly zero: it moves as if it were 0.002 large
-    wanted = {name: torch.nn.Parameter(weights[name].detach().clone()) for name in (matrix, table)}
-    size = float(wanted[matrix].detach().square().mean().sqrt())
-    learned = torch.nn.Parameter(torch.ones(1))
-    references = [
-        Muon([wanted[matrix]], lr=1e-3 * size / 0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        AdamW([wanted[table]], lr=1e-3 * 0.002 / 0.05, weight_decay=0.1),
-    ]
-    optimizer = MuonAdamW(model, [learned], 1e-3, 0.1)
-    random = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        learned.grad = torch.ones(1)
-        for name, weight in wanted.items():
-            weights[name].grad = weight.grad = torch.randn(weight.shape, generator=random)
-        for one in (optimizer, *references):
-            one.step()
-    for name, weight in wanted.items():
-        torch.testing.assert_close(weights[name], weight)
-    assert learned.item() == pytest.approx(1 - 2e-3, rel=1e-5)
 
 
 SCHEDULE = Schedule(

@@ -85,9 +85,7 @@ class TrainingSection(Section):
         "decay to zero.",
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="Share of the steps that warms up.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Decoupled weight decay of all weights that are matrices."
-    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradients are clipped to this norm; 0: not.")
     objectives: ObjectivesSection = Field(default_factory=ObjectivesSection)
     balance: bool = Field(

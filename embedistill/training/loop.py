@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -27,7 +28,6 @@ from embedistill.progress import note, progress_bar
 from embedistill.ranks import rank, world_size
 from embedistill.training.batches import Batching, BudgetSampler, Rows, TargetCollator, Targets, count_tokens
 from embedistill.training.objectives import DistillationLoss
-from embedistill.training.optimizers import MuonAdamW
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
@@ -36,6 +36,7 @@ _LOSS_STATE = "loss.safetensors"
 _CALIBRATION_SECONDS = 10.0
 _CALIBRATION_STEPS = 20  # of several processes, which have to stop at the same step
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
+_USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 _FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
 
 
@@ -138,10 +139,12 @@ class _Training:
     dev: Dev | None
     done: bool = False
     best: KeepBest | None = None
+    rates: dict[str, float] = field(init=False)
     loss_state: dict[str, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         """Take what a training begins with, and a run that goes on has as well."""
+        self.rates = _scale_rates(self.student, self.schedule.learning_rate)
         self.loss_state = {name: value.clone() for name, value in self.loss.own_state().items()}
         if rank() == 0:
             with written_aside(self.untrained) as path:
@@ -201,22 +204,16 @@ class _Training:
                 max_steps=steps,
                 per_device_train_batch_size=batching.size,
                 gradient_accumulation_steps=accumulation,
+                learning_rate_mapping=self.rates,
                 batch_sampler=partial(BudgetSampler, lengths=self.lengths, batching=batching, steps=steps),
             ),
             train_dataset=self.dataset,
             loss=self.loss,
             data_collator=self.collator,
             callbacks=callbacks,
-            optimizers=(self._optimizer(), None),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-    def _optimizer(self) -> MuonAdamW:
-        schedule = self.schedule
-        return MuonAdamW(
-            self.student, self.loss.own_parameters().values(), schedule.learning_rate, schedule.weight_decay
-        )
 
     def halve(self, error: Exception) -> None:
         """Have batches halved from here on, where an error was want of memory.
@@ -351,6 +348,19 @@ def _agree(steps: int) -> int:
     return found[0]
 
 
+def _scale_rates(student: SentenceTransformer, rate: float) -> dict[str, float]:
+    """Return a learning rate for each weight matrix, by a pattern of its name: `rate` where its entries are 0.05 large.
+
+    Adam's steps are as large for all weights. Fitted students have weights of very different size: 1 in their table of
+    words, some hundredths in their layers, a hundredth and less in their head, which moves every vector. Each is moved
+    by the same share of its size, as by LAMB (You et al., 2020).
+    """
+    return {
+        f"^model\\.{re.escape(name)}$": rate * max(_LEAST, float(weight.detach().square().mean().sqrt())) / _USUAL
+        for name, weight in student.named_parameters()
+    }
+
+
 def _time_reading(student: SentenceTransformer, dev: Dev) -> float:
     start = time.perf_counter()
     dev.read(student)
@@ -365,6 +375,7 @@ def _arguments(schedule: Schedule, steps: int, folder: Path, **batches: Any) -> 
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(schedule.warmup * steps),
+        weight_decay=schedule.weight_decay,
         max_grad_norm=schedule.max_grad_norm,
         bf16=schedule.dtype == torch.bfloat16,
         use_cpu=not cuda,

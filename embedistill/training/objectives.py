@@ -99,14 +99,10 @@ class DistillationLoss(nn.Module):
             return torch.exp(-self.log_scale).clamp(*_BOUNDS)
         return self.course.at(self.progress)
 
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Return what it learns itself, by name: what is not the student's."""
-        return {name: one for name, one in self.named_parameters() if not name.startswith(("model.", "_"))}
-
     def own_state(self) -> dict[str, Tensor]:
         """Return what it has learned and measured itself: what a checkpoint of the student does not hold."""
-        kept = {*self.own_parameters(), "norms", "calls"}
-        return {name: value for name, value in self.state_dict().items() if name in kept}
+        kept = [name for name, _ in self.named_parameters() if not name.startswith(("model.", "_"))]
+        return {name: value for name, value in self.state_dict().items() if name in {*kept, "norms", "calls"}}
 
     def forward(
         self, sentence_features: Sequence[dict[str, Tensor]], labels: Mapping[str, Tensor]
