@@ -1,7 +1,7 @@
 r"""What each setting of the training is worth: trainings of equal length from one start, on dev data.
 
     python eval/ablate.py mpnet-14m --data DATA --out eval/results/ablation --runs runs/ablation \
-        corpus.source=all.parquet training.minutes=null training.steps=400 -- \
+        corpus.source=all.parquet corpus.text_column=text training.minutes=null training.steps=400 -- \
         plain: 'ranking:training.objectives.ranking=1;training.neighbours=8'
 
 Behind `--` stand the variants, NAME:key=value;key=value each. The first run encodes and builds; every variant starts
