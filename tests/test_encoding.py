@@ -328,10 +328,13 @@ def test_a_kill_at_any_moment_changes_no_bit(mpnet_dir: Path, tmp_path: Path, se
     (tmp_path / "texts").write_text("\n".join(sentences[:120]))
 
     moments = [2, 4, 5, 3, 1]  # before a rename, with the manifest or shards before it; behind one
-    runs = [("whole", 0), *[("killed", kill_at) for kill_at in moments], ("killed", 0)]
-    arguments = [[str(mpnet_dir), str(tmp_path / root), str(at), str(tmp_path / "texts")] for root, at in runs]
-    exits = run_in_forks("embedistill.encoding.cached", KILLED, arguments)
-    assert exits == [0, *[-signal.SIGKILL] * len(moments), 0]
+
+    def run(root: str, kills: list[int], hash_seed: int) -> list[int]:
+        runs = [[str(mpnet_dir), str(tmp_path / root), str(at), str(tmp_path / "texts")] for at in kills]
+        return run_in_forks("embedistill.encoding.cached", KILLED, runs, hash_seed)
+
+    assert run("killed", [*moments, 0], hash_seed=0) == [*[-signal.SIGKILL] * len(moments), 0]
+    assert run("whole", [0], hash_seed=1) == [0]
 
     def read(root: str) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted((tmp_path / root).glob("*/*.arrow"))}

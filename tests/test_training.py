@@ -425,6 +425,8 @@ def test_training_brings_the_student_nearer_and_logs_every_term(setting: SimpleN
     steps = [entry for entry in entries if "loss" in entry]
     assert {"embedding", "similarity", "learning_rate", "step"} <= set(steps[0])
     assert steps[0]["loss"] == pytest.approx(steps[0]["embedding"] + steps[0]["similarity"], abs=1e-3)
+    cards = [path.read_text() for path in (tmp_path / "checkpoints").rglob("README.md")]
+    assert not any(text in card for card in cards for text in setting.texts)
 
 
 def test_weights_move_in_proportion_to_their_size(setting: SimpleNamespace, tmp_path: Path) -> None:
