@@ -11,15 +11,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedistill.judgement import compare, evaluate
+    from embedistill.judgement import benchmark, compare, evaluate
     from embedistill.pipeline import Run, distill
     from embedistill.recipe import Recipe, load_recipe
 
-__all__ = ["Recipe", "Run", "compare", "distill", "evaluate", "load_recipe"]
+__all__ = ["Recipe", "Run", "benchmark", "compare", "distill", "evaluate", "load_recipe"]
 
 _HOMES = {
     "Recipe": "recipe",
     "Run": "pipeline",
+    "benchmark": "judgement",
     "compare": "judgement",
     "distill": "pipeline",
     "evaluate": "judgement",

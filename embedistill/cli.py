@@ -1,6 +1,6 @@
 """The command line: parse, call, print. Results on stdout; progress and errors on stderr.
 
-Exit codes: 0 done, 1 failed or below the margin, 2 wrong use.
+Exit codes: 0 done, 1 failed or below the margin, 2 wrong use, 3 undecided: more items would be needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -42,9 +42,15 @@ RecipeArgument = Annotated[str, typer.Argument(help="Name of a shipped recipe, o
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as key=value: training.minutes=30", show_default=False)
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with sts/NAME.jsonl and retrieval/NAME/.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with sts/NAME.jsonl, retrieval/NAME/, ...")]
 CacheOption = Annotated[Path | None, typer.Option(help="Folder for models and teacher embeddings, shared by runs.")]
-MarginOption = Annotated[float | None, typer.Option(help="Share that may be lost, such as 0.03: adds verdicts.")]
+MarginOption = Annotated[float | None, typer.Option(help="Share that may be lost: the verdict; default: 0.03.")]
+IndexOption = Annotated[
+    Literal["flat", "hnsw", "ivfpq"], typer.Option(help="FAISS index that retrieval is measured with.")
+]
+SegmentMarginOption = Annotated[
+    float | None, typer.Option(help="Share that a part of a task may lose; default: twice the margin.")
+]
 KeyArgument = Annotated[str, typer.Argument(help="Key of an encoding, or its beginning: embedistill cache list.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
@@ -104,8 +110,7 @@ def run(
     _print_report(finished.report, as_json)
     if not as_json:
         _print_next_steps(loaded, finished.folder)
-    if finished.report.verdict == "FAIL":
-        raise typer.Exit(1)
+    _exit(finished.report)
 
 
 @app.command()
@@ -146,32 +151,83 @@ def plan(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder or a model id.")],
-    task: Annotated[list[str], typer.Option(help="An STS or retrieval set; may be given again.")],
+    model: Annotated[str, typer.Argument(help="A folder, a model id, or the folder of a run: its student.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="A set, or a .jsonl file; may be given again; default: all of --data.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="A folder or a model id: adds how much of it is kept.")] = None,
     data: DataOption = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="A model to compare beside it; may be given again.")
+    ] = None,
     margin: MarginOption = None,
+    segment_margin: SegmentMarginOption = None,
+    index: IndexOption = "flat",
+    misspelt: Annotated[bool, typer.Option(help="Score also with typing errors.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for every item's values, report.json, report.html.")] = None,
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on tasks and, with --teacher, say how much of it the model keeps."""
+    """Score a model on tasks and, with --teacher, say how much of it the model keeps.
+
+    Exit 0: as much as the margin asks, or no teacher; 1: less; 3: undecided.
+    """
     _hush()
     from embedistill import judgement
 
-    _finish(judgement.evaluate(model, task, teacher=teacher, data=data, margin=margin, cache_dir=cache_dir), as_json)
+    found = judgement.evaluate(
+        model,
+        task,
+        teacher=teacher,
+        data=data,
+        baselines=baseline or [],
+        margin=margin,
+        segment_margin=segment_margin,
+        index=index,
+        misspelt=misspelt,
+        out=out,
+        cache_dir=cache_dir,
+    )
+    _print_report(found, as_json)
+    _exit(found)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[str, typer.Argument(help="A folder or a model id.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task of mteb; may be given again; default: all of --data.")
+    ] = None,
+    data: DataOption = None,
+    out: Annotated[Path, typer.Option(help="Folder of mteb's results and of .eval_results/.")] = Path("mteb"),
+    cache_dir: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run tasks of mteb with its own evaluators, on data from a folder or the Hub; what was run is not run again."""
+    _hush()
+    from embedistill import judgement
+
+    scores = judgement.benchmark(model, task, data=data, out=out, cache_dir=cache_dir)
+    if as_json:
+        typer.echo(json.dumps(scores, indent=2))
+    else:
+        _print_table(["task", "main score"], [[name, f"{score:.4f}"] for name, score in scores.items()])
 
 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     margin: MarginOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the students of runs on the tasks they share."""
     _hush()
     from embedistill import judgement
 
-    _finish(judgement.compare(*runs, margin=margin), as_json)
+    found = judgement.compare(*runs, margin=margin, out=out)
+    _print_report(found, as_json)
+    _exit(found)
 
 
 @app.command()
@@ -366,10 +422,9 @@ def _hush() -> None:
     datasets.disable_progress_bars()
 
 
-def _finish(report: Report, as_json: bool) -> None:
-    _print_report(report, as_json)
-    if report.verdict == "FAIL":
-        raise typer.Exit(1)
+def _exit(report: Report) -> None:
+    if code := {"FAIL": 1, "UNDECIDED": 3}.get(report.verdict or ""):
+        raise typer.Exit(code)
 
 
 def _print_report(report: Report, as_json: bool) -> None:

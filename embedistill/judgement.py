@@ -2,112 +2,290 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
+from embedistill.corpus.records import load_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
+from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark, write_submission
 from embedistill.evaluation.comparison import compare_results
-from embedistill.evaluation.costs import ModelFacts, describe_model
-from embedistill.evaluation.scoring import Encoder, Result, load_results, score_model
-from embedistill.evaluation.tasks import load_tasks
-from embedistill.report.document import Report, load_report
+from embedistill.evaluation.loading import list_tasks, load_tasks
+from embedistill.evaluation.retrieval import IndexKind
+from embedistill.evaluation.scoring import TEACHER, Result, load_results, save_results
+from embedistill.evaluation.segments import (
+    MISSPELT,
+    Measure,
+    count_characters,
+    find_segments,
+    make_distance_measure,
+    make_piece_measure,
+)
+from embedistill.evaluation.tasks import Task
+from embedistill.evaluation.trial import (
+    STUDENT,
+    Candidate,
+    choose_texts,
+    describe_details,
+    find_contamination,
+    find_disagreements,
+    make_candidate,
+    measure_candidates,
+    score_all,
+)
+from embedistill.files import fingerprint, read_json
+from embedistill.report.document import Report, load_report, save_report
+from embedistill.report.rendering import write_page
 from embedistill.stages import list_versions
-from embedistill.teacher import default_cache_dir, encode_with_progress, load, locate
+from embedistill.student.head import Matrix, project
+from embedistill.student.saving import SPACE, load_projection
+from embedistill.teacher import (
+    LocatedModel,
+    default_cache_dir,
+    embed_cheaply,
+    encode_with_progress,
+    load,
+    locate,
+)
 
 RESAMPLES = 10_000
 SEED = 42
+MARGIN = 0.03
+"""What a student may lose, where nothing else is said."""
 
 
 def evaluate(
     model: str | Path,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None = None,
     *,
     teacher: str | None = None,
     data: str | Path | None = None,
+    baselines: Sequence[str] = (),
     margin: float | None = None,
+    segment_margin: float | None = None,
+    index: IndexKind = "flat",
+    misspelt: bool = False,
+    out: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Report:
     """Score a model on tasks and, with a teacher, say how much of it the model keeps.
 
     Args:
-        model: A folder or a model id.
-        tasks: Names of STS sets and of retrieval sets.
+        model: A folder or a model id; of the folder of a run, its student.
+        tasks: Names of tasks, or .jsonl files of one's own; default: all in `data`.
         teacher: A folder or a model id; its embeddings are cached.
-        data: Folder with sts/NAME.jsonl and retrieval/NAME/; default: the Hub.
-        margin: With it, retention has a verdict.
+        data: Folder with sts/NAME.jsonl, retrieval/NAME/ and more; default: the Hub, for STS sets.
+        baselines: Models to compare beside it.
+        margin: What may be lost; default: 0.03 where there is a teacher. Retention has a verdict.
+        segment_margin: What a part of a task may lose; default: twice the margin.
+        index: The FAISS index of retrieval tasks: flat, hnsw or ivfpq.
+        misspelt: Score teacher and student also on the tasks with typing errors.
+        out: Folder for the values of every item, report.json and report.html.
         cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
 
     Raises:
         UsageError: There is no such model or task.
         EmbedistillError: The Hub does not answer.
     """
-    _check_margin(margin)
     if margin is not None and teacher is None:
         raise UsageError("margin", "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
-    cache = Path(cache_dir or default_cache_dir())
-    loaded = load_tasks(tasks, Path(data) if data else None, skip_missing=False)
-    names = {"teacher": teacher, "student": str(model)} if teacher else {"student": str(model)}
-    facts: list[ModelFacts] = []
-    results: list[Result] = []
-    for role, name in names.items():
+    allowed = check_margin(margin) if teacher else None
+    cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
+    names = tasks or (list_tasks(folder) if folder else [])
+    if not names:
+        raise UsageError("tasks", "none, and no folder of them", "names of tasks, or --data DIR for all of a folder")
+    loaded = load_tasks(names, folder, skip_missing=False)
+    run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
+    candidates: list[Candidate] = []
+    local = LocalEncoder(locate(teacher, models_dir=cache / "models"), choose_dtype("auto")) if teacher else None
+    vectors = CachedTeacher(local, cache / "embeddings").vectors if local else None
+    if local and vectors:
+        candidates.append(Candidate(TEACHER, local.located.name, vectors, _same, local.model, local.located.path))
+    for role, name in {STUDENT: str(run / "model" if run else model), **{name: name for name in baselines}}.items():
         located = locate(name, models_dir=cache / "models")
-        if role == "teacher":
-            local = LocalEncoder(located, choose_dtype("auto"))
-            scored: SentenceTransformer = local.model
-            encoder: Encoder = CachedTeacher(local, cache / "embeddings").vectors
-        else:
-            scored = load(located)
-            encoder = partial(encode_with_progress, scored, role)
-        facts.append(describe_model(role, name, scored, located.path))
-        results += score_model(loaded, encoder, role=role, model=name, versions=list_versions())
-    comparisons = compare_results(results, resamples=RESAMPLES, seed=SEED, margin=margin)
-    return Report(str(model), facts, comparisons, margin)
+        space = _find_space(located.path, local.located if local else None) if role == STUDENT else None
+        candidates.append(make_candidate(role, name, load(located), located.path, space))
+    results = score_all(
+        loaded,
+        candidates,
+        teacher=vectors,
+        index=index,
+        misspelt=misspelt,
+        seed=SEED,
+        versions=list_versions(),
+    )
+    if out:
+        save_results(results, Path(out) / "results")
+    trained = load_corpus(run / "corpus.parquet")["train"] if run else []
+    texts = list(dict.fromkeys(text for record in trained for text in record.texts))
+    student = load(locate(str(run / "model" if run else model), models_dir=cache / "models"))
+    report = judge(
+        str(model),
+        loaded,
+        results,
+        measures=choose_measures(student, local and local.model, texts),
+        margin=allowed,
+        segment_margin=segment_margin,
+        models=measure_candidates(candidates, choose_texts(loaded)),
+        contamination=find_contamination(loaded, texts),
+    )
+    if out:
+        _write(report, Path(out))
+    return report
 
 
-def compare(*runs: str | Path, margin: float | None = None) -> Report:
+def benchmark(
+    model: str | Path,
+    tasks: Sequence[str] | None = None,
+    *,
+    data: str | Path | None = None,
+    out: str | Path = "mteb",
+    cache_dir: str | Path | None = None,
+) -> dict[str, float]:
+    """Run tasks of mteb with mteb's own evaluators, and return their main scores.
+
+    Args:
+        model: A folder or a model id.
+        tasks: Their names in mteb; default: all that `data` has data for.
+        data: Folder as `evaluate` takes it; what it has not comes from the Hub.
+        out: Folder of mteb's result cache, and of `.eval_results/`, the files that the Hub reads from a model's own.
+        cache_dir: Folder for models; default: `default_cache_dir()`.
+
+    Raises:
+        UsageError: There is no such model, task or data.
+        EmbedistillError: The Hub does not answer.
+    """
+    folder = Path(data) if data else None
+    names = tasks or (list_benchmark_tasks(folder) if folder else [])
+    if not names:
+        raise UsageError("tasks", "none, and no folder with data", "names of mteb's tasks, or --data DIR")
+    located = locate(str(model), models_dir=Path(cache_dir or default_cache_dir()) / "models")
+    loaded, name = load(located), located.path.name if Path(model).is_dir() else str(model)
+    revision = fingerprint([located.weights_sha256, located.settings_sha256])[:16]
+    scores = run_benchmark(
+        names,
+        partial(encode_with_progress, loaded, name),
+        model_name=name,
+        revision=revision,
+        embedding_size=loaded.get_embedding_dimension() or 0,
+        results_dir=Path(out),
+        folder=folder,
+    )
+    write_submission(Path(out), Path(out), model_name=name, revision=revision)
+    return scores
+
+
+def judge(
+    name: str,
+    tasks: Sequence[Task],
+    results: Sequence[Result],
+    *,
+    measures: dict[str, Measure],
+    margin: float | None,
+    segment_margin: float | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+    **further: Any,
+) -> Report:
+    """Make a report of results: comparisons, tests, segments, and where teacher and student differ most."""
+    gate = segment_margin if segment_margin is not None else margin and min(2 * margin, 0.99)
+    plain = [result for result in results if not result.task.startswith(MISSPELT)]
+    comparisons, differences = compare_results(plain, resamples=resamples, seed=seed, margin=margin)
+    segments = find_segments(tasks, results, measures, student=STUDENT, seed=seed, margin=gate)
+    return Report(
+        name=name,
+        comparisons=comparisons,
+        margin=margin,
+        differences=differences,
+        segments=segments,
+        segment_margin=gate,
+        disagreements=find_disagreements(tasks, plain),
+        details=describe_details(plain),
+        **further,
+    )
+
+
+def choose_measures(
+    student: SentenceTransformer, teacher: SentenceTransformer | None, trained: Sequence[str]
+) -> dict[str, Measure]:
+    """Return what tells texts apart: their length, how well the student's vocabulary fits, how near the corpus is."""
+    measures: dict[str, Measure] = {"characters": count_characters}
+    tokenizer = getattr(student.tokenizer, "backend_tokenizer", student.tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        measures["pieces a word"] = make_piece_measure(tokenizer)
+    if teacher and trained:
+        measures["distance from the corpus"] = make_distance_measure(partial(embed_cheaply, teacher), trained)
+    return measures
+
+
+def compare(*runs: str | Path, margin: float | None = None, out: str | Path | None = None) -> Report:
     """Compare the students of runs that have the same teacher, on the tasks that were scored on the same items.
 
     Args:
         runs: Folders of finished runs.
-        margin: With it, retention has a verdict.
+        margin: What may be lost; default: 0.03.
+        out: Folder for report.json and report.html.
 
     Raises:
         UsageError: A folder is no finished run, or the runs have no task with the same items.
     """
-    _check_margin(margin)
+    allowed = check_margin(margin)
     folders = [Path(run) for run in runs]
     reports = [load_report(folder) for folder in folders]
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
     names = _distinct_names(folders)
-    teachers = {task: found for (task, role), found in results[0].items() if role == "teacher"}
+    teachers = {task: found for (task, role), found in results[0].items() if role == TEACHER}
     shared = [
         task
         for task, teacher in teachers.items()
-        if all(_same_items(teacher, found.get((task, "teacher"))) for found in results)
+        if all(_same_items(teacher, found.get((task, TEACHER))) for found in results)
     ]
     if not shared:
         do = "compare runs of one teacher that were evaluated on the same tasks"
         raise UsageError(", ".join(str(folder) for folder in folders), "no task with the same items in all", do=do)
     chosen = [teachers[task] for task in shared]
     for name, found in zip(names, results, strict=True):
-        chosen += [replace(found[task, "student"], role=name) for task in shared]
-    models = [next(model for model in reports[0].models if model.role == "teacher")]
+        chosen += [replace(found[task, STUDENT], role=name) for task in shared]
+    models = [next(model for model in reports[0].models if model.role == TEACHER)]
     for name, report in zip(names, reports, strict=True):
-        models.append(replace(next(model for model in report.models if model.role == "student"), role=name))
-    comparisons = compare_results(chosen, resamples=RESAMPLES, seed=SEED, margin=margin)
-    return Report(" and ".join(names), models, comparisons, margin, judged=names)
+        models.append(replace(next(model for model in report.models if model.role == STUDENT), role=name))
+    comparisons, differences = compare_results(chosen, resamples=RESAMPLES, seed=SEED, margin=allowed)
+    report = Report(" and ".join(names), models, comparisons, allowed, judged=names, differences=differences)
+    if out:
+        _write(report, Path(out))
+    return report
 
 
-def _check_margin(margin: float | None) -> None:
+def check_margin(margin: float | None) -> float:
+    """Return the margin, or the default; a UsageError where it is no share."""
     if margin is not None and not 0 < margin < 1:
         raise UsageError("margin", str(margin), "a share between 0 and 1, such as 0.03")
+    return MARGIN if margin is None else margin
+
+
+def _write(report: Report, folder: Path) -> None:
+    save_report(report, folder)
+    write_page(report, folder)
+
+
+def _find_space(folder: Path, teacher: LocatedModel | None) -> Callable[[Matrix], Matrix] | None:
+    """Return what maps the teacher's vectors into a student's space, where it was made for this teacher's."""
+    space = read_json(folder / SPACE) if (folder / SPACE).is_file() else {}
+    if teacher is None or space.get("weights_sha256") != teacher.weights_sha256:
+        return None
+    return partial(project, projection=load_projection(folder))
+
+
+def _same(vectors: Matrix) -> Matrix:
+    return vectors
 
 
 def _same_items(teacher: Result, other: Result | None) -> bool:

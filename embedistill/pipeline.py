@@ -24,21 +24,25 @@ from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
 from embedistill.encoding.targets import find_faults
 from embedistill.errors import UsageError
-from embedistill.evaluation.comparison import compare_results
-from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed
-from embedistill.evaluation.scoring import Embeddings, load_results, save_result, score_model
-from embedistill.evaluation.tasks import (
-    AgreementTask,
-    StsTask,
-    Task,
-    describe_tasks,
-    load_task,
-    load_tasks,
-    make_known_item_task,
-    save_sts,
+from embedistill.evaluation.costs import ModelFacts
+from embedistill.evaluation.loading import describe_tasks, is_file, load_task, load_tasks, save_sts
+from embedistill.evaluation.scoring import TEACHER, load_results, save_results, score_model
+from embedistill.evaluation.tasks import AgreementTask, StsTask, Task, list_texts, make_known_item_task
+from embedistill.evaluation.trial import (
+    STUDENT,
+    UNTRAINED,
+    Candidate,
+    choose_texts,
+    find_contamination,
+    make_candidate,
+    make_pca_floor,
+    make_word_floor,
+    measure_candidates,
+    score_all,
 )
-from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
+from embedistill.files import fingerprint, folder_bytes, read_json, remove, write_json, written_aside
 from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
+from embedistill.judgement import choose_measures, judge
 from embedistill.outlook import plan_section, plan_student
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
@@ -58,7 +62,6 @@ from embedistill.teacher import (
     default_cache_dir,
     embed_cheaply,
     encode,
-    encode_with_progress,
     find_prompt,
     load,
     locate,
@@ -77,13 +80,14 @@ from embedistill.training.readings import Dev
 
 _FIT_TEXTS = 5_000
 _SAMPLE_TEXTS = 20_000
-_SPEED_TEXTS = 64
 TARGETS = "targets.json"
 ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
 _EXAMPLES = 10
 _DEV_SHARE, _FEWEST_DEV = 20, 8
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_OWN = (AGREEMENT, KNOWN_ITEM)  # tasks that are made of the corpus
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
+_CHANGEABLE = ("evaluation.", "search.")  # settings that a finished run may be given anew
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
 
@@ -117,11 +121,10 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         for message in ranks.follow():
             _Line(recipe, folder, cache).teach(**message)
         return Run(folder, load_report(folder))
-    with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE):
+    with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE, _CHANGEABLE):
         line = _Line(recipe, folder, cache)
         stages = line.stages
-        found = [describe_source(recipe.corpus.sources), describe_tasks(line.task_names, line.data)]
-        corpus = stages.run("corpus", line.read, found, ["corpus.parquet"])
+        corpus = stages.run("corpus", line.read, [describe_source(recipe.corpus.sources)], ["corpus.parquet"])
         teacher = [line.located.weights_sha256, line.located.settings_sha256]
         encoded = stages.run("encode", line.encode, [corpus, *teacher], [TARGETS])
         if recipe.student.via:
@@ -130,9 +133,12 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         started = [line.start.weights_sha256, line.start.settings_sha256] if line.start else []
         built = stages.run("student", line.build, [encoded, *started], ["untrained"])
         trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
-        compared = [found.weights_sha256 for found in line.baselines.values()]
+        compared: list[Any] = [found.weights_sha256 for found in line.baselines.values()]
+        asked = recipe.evaluation.model_dump()
+        judged = [asked.pop(name) for name in ("margin", "segment_margin", "resamples")]
+        compared += [asked, describe_tasks(line.task_names, line.data)]
         scored = stages.run("evaluation", line.evaluate, [trained, *compared], ["results"])
-        stages.run("report", line.report, [scored], [REPORT, "report.html"])
+        stages.run("report", line.report, [scored, judged], [REPORT, "report.html"])
         if recipe.search:
             stages.run("index", line.index, [trained], [INDEX])
         ranks.announce(line.announced)
@@ -191,7 +197,9 @@ class _Line:
     @cached_property
     def task_names(self) -> list[str]:
         """The named tasks whose data could be had when the run was first made."""
-        names: list[str] = self.stages.choose("tasks", self._find_tasks)
+        section = self.recipe.evaluation
+        asked = fingerprint([section.tasks, section.data, section.missing])[:12]
+        names: list[str] = self.stages.choose(f"tasks {asked}", self._find_tasks)
         return names
 
     @cached_property
@@ -201,17 +209,19 @@ class _Line:
     def _find_tasks(self) -> list[str]:
         """Return the named tasks that can be had; those of the Hub are kept with the run, to go on without it."""
         section = self.recipe.evaluation
-        names = [name for name in section.tasks if name not in {AGREEMENT, KNOWN_ITEM}]
-        found = load_tasks(names, self.data, skip_missing=section.missing == "skip")
-        for task in found if self.data is None else []:
-            save_sts(cast(StsTask, task), self.folder / "data")
-        return [task.name for task in found]
+        names = []
+        for name in section.tasks:
+            found = load_tasks([name], self.data, skip_missing=section.missing == "skip") if name not in _OWN else []
+            if found and self.data is None and not is_file(name):
+                save_sts(cast(StsTask, found[0]), self.folder / "data")
+            names += [name] * len(found)
+        return names
 
     def _check_tasks(self) -> None:
         """Stop, before anything is encoded, where a task cannot be made of the corpus, or none is left."""
-        made = {task.name for task in self._all_tasks()}
-        lost = [name for name in self.recipe.evaluation.tasks if name not in made]
-        if not made or (lost and self.recipe.evaluation.missing == "error"):
+        section, made = self.recipe.evaluation, self._name_tasks()
+        lost = [name for name in section.tasks if name not in made]
+        if not made or (lost and section.missing == "error"):
             found = f"{', '.join(lost)} cannot be had"
             do = f"{KNOWN_ITEM} needs held-out records with a query: set corpus.query_column, or take it off the list"
             raise UsageError("evaluation.tasks", found, "data for each of them", do)
@@ -264,10 +274,7 @@ class _Line:
             holdout=section.holdout,
             seed=self.recipe.seed,
             evaluation_texts={
-                text
-                for task in [*self.tasks, *self._dev_tasks]
-                for some in task.texts_by_kind.values()
-                for text in some
+                text for task in [*self.tasks, *self._dev_tasks] for some in list_texts(task).values() for text in some
             },
         )
         note(f"Corpus: {funnel}")
@@ -369,7 +376,7 @@ class _Line:
         planned = [Forecast(**row | {"speed": Speed(**row["speed"]), "sizes": Sizes(**row["sizes"])}) for row in rows]
         return compare_forecast(planned, models) if planned else []
 
-    def _sample(self, model: SentenceTransformer) -> tuple[list[str], Embeddings]:
+    def _sample(self, model: SentenceTransformer) -> tuple[list[str], Matrix]:
         """Return some training texts as the model sees them, in random order, and the teacher's vectors of them."""
         inputs, vectors = [], []
         share = _SAMPLE_TEXTS / sum(len(texts) for texts in self.training_texts.values())
@@ -440,67 +447,70 @@ class _Line:
         return next(iter(result.metrics.values()))
 
     def evaluate(self) -> dict[str, Any]:
-        tasks = self._all_tasks()
-        projection = load_projection(self.folder / "model")
-        names = {"teacher": self.located.name}
-        names |= {"student": str(self.folder / "model"), "untrained": str(self.folder / "untrained")}
-        score = partial(score_model, tasks, teacher=self.teacher.vectors, versions=list_versions())
-        same, mapped = (lambda vectors: vectors), partial(project, projection=projection)
-        results = score(self.teacher.vectors, role="teacher", model=self.located.name, teacher_space=same)
-        models = {
-            "teacher": load(self.located),
-            "student": self._load("model"),
-            "untrained": self._load("untrained"),
-        }
-        models |= {name: load(found) for name, found in self.baselines.items()}
-        for role, model in list(models.items())[1:]:
-            space = mapped if role in {"student", "untrained"} else None
-            results += score(
-                partial(encode_with_progress, model, role), role=role, model=names.get(role, role), teacher_space=space
-            )
-        with written_aside(self.folder / "results") as part:
-            part.mkdir()
-            for result in results:
-                save_result(result, part)
-        texts = [record.document for record in self.corpus["holdout"][:_SPEED_TEXTS]]
-        speeds = measure_speed({role: partial(encode, model) for role, model in models.items()}, texts)
-        folders = {
-            "teacher": self.located.path,
-            "student": self.folder / "model",
-            "untrained": self.folder / "untrained",
-        }
-        folders |= {name: found.path for name, found in self.baselines.items()}
-        facts = [
-            asdict(describe_model(role, names.get(role, role), model, folders[role], speeds[role]))
-            for role, model in models.items()
-        ]
-        wanted = set(self.recipe.evaluation.tasks)
+        self._check_tasks()
+        named, section = self._name_tasks(), self.recipe.evaluation
+        tasks = list(named.values())
+        candidates = self._list_candidates()
+        results = score_all(
+            tasks,
+            candidates,
+            teacher=self.teacher.vectors,
+            index=section.index,
+            misspelt=section.misspelt,
+            seed=self.recipe.seed,
+            versions=list_versions(),
+        )
+        save_results(results, self.folder / "results")
+        models = {one.role: one.model for one in candidates if one.model}
+        trained = (text for texts in self.encoded_texts.values() for text in texts)
         return {
-            "models": facts,
-            "skipped": sorted(wanted - {task.name for task in tasks}),
+            "models": [asdict(facts) for facts in measure_candidates(candidates, choose_texts(tasks))],
+            "order": [[result.task, result.role] for result in results],
+            "skipped": sorted(set(section.tasks) - set(named)),
             "planned": self._compare_forecast(models),
+            "contamination": find_contamination(tasks, trained),
         }
+
+    def _list_candidates(self) -> list[Candidate]:
+        """Return the teacher, the student and what it is compared with: floors below it, and the baselines."""
+        teacher, name = load(self.located), self.located.name
+        space = partial(project, projection=load_projection(self.folder / "model"))
+        candidates = [Candidate(TEACHER, name, self.teacher.vectors, lambda same: same, teacher, self.located.path)]
+        for role, part in ((STUDENT, "model"), (UNTRAINED, "untrained")):
+            folder = self.folder / part
+            candidates.append(make_candidate(role, str(folder), self._load(part), folder, space))
+        if hasattr(teacher[0], "model"):
+            texts, vectors = self._sample(teacher)
+            embed = partial(embed_cheaply, teacher)
+            candidates.append(make_word_floor(embed, texts[:_FIT_TEXTS], vectors[:_FIT_TEXTS], space))
+        if load_projection(self.folder / "model") is not None:
+            candidates.append(make_pca_floor(self.teacher.vectors, space))
+        return candidates + [make_candidate(name, name, load(at), at.path) for name, at in self.baselines.items()]
 
     def report(self) -> None:
         section, facts = self.recipe.evaluation, self.stages.facts("evaluation")
-        order = [task.name for task in self._all_tasks()]
-        roles = [model["role"] for model in facts["models"]]
+        tasks = list(self._name_tasks().values())
         results = load_results(self.folder / "results")
-        results.sort(key=lambda result: (order.index(result.task), roles.index(result.role)))
+        results.sort(key=lambda result: facts["order"].index([result.task, result.role]))
+        trained = [text for texts in self.encoded_texts.values() for text in texts]
         faults = self.stages.facts("encode")["faults"]
-        report = Report(
-            name=self.recipe.name,
-            models=[ModelFacts(**model) for model in facts["models"]],
-            comparisons=compare_results(
-                results, resamples=section.resamples, seed=self.recipe.seed, margin=section.margin
-            ),
+        report = judge(
+            self.recipe.name,
+            tasks,
+            results,
+            measures=choose_measures(self._load("model"), load(self.located), trained),
             margin=section.margin,
+            segment_margin=section.segment_margin,
+            resamples=section.resamples,
+            seed=self.recipe.seed,
+            models=[ModelFacts(**model) for model in facts["models"]],
             corpus=self.stages.facts("corpus")["funnel"] | {f"vectors {name}": count for name, count in faults.items()},
             examples=self.stages.facts("corpus")["examples"]
             | {f"vectors {name}": texts for name, texts in read_json(self.folder / TARGETS)["examples"].items()},
             seconds=self.stages.seconds,
             skipped=facts["skipped"],
             planned=facts["planned"],
+            contamination=facts["contamination"],
         )
         save_report(report, self.folder)
         write_page(report, self.folder)
@@ -511,21 +521,23 @@ class _Line:
         model = self._load("model", self._choose_dtype("student", self.recipe.training.dtype))
         build_index(model, self.folder / "model", texts, sources, self.folder / INDEX)
 
-    def _all_tasks(self) -> list[Task]:
-        """Return the tasks in the recipe's order, the run's own among them."""
+    def _name_tasks(self) -> dict[str, Task]:
+        """Return the tasks by what the recipe calls them, in its order, the run's own among them."""
         held_out = self.corpus["holdout"]
-        named: dict[str, Task | None] = {task.name: task for task in self.tasks}
-        named[AGREEMENT] = AgreementTask(AGREEMENT, [record.document for record in held_out])
+        named: dict[str, Task | None] = dict(zip(self.task_names, self.tasks, strict=True))
+        sources = {"source": [record.source for record in held_out]}
+        columns = sources if len(set(sources["source"])) > 1 else {}
+        named[AGREEMENT] = AgreementTask(AGREEMENT, [record.document for record in held_out], columns)
         pairs = [(record.query, record.document) for record in held_out if record.query]
         named[KNOWN_ITEM] = make_known_item_task(KNOWN_ITEM, pairs, [record.document for record in held_out])
-        found = [named.get(name) for name in self.recipe.evaluation.tasks]
-        return [task for task in found if task is not None]
+        found = {name: named.get(name) for name in self.recipe.evaluation.tasks}
+        return {name: task for name, task in found.items() if task is not None}
 
     def _load(self, name: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
         return SentenceTransformer(str(self.folder / name), model_kwargs={"dtype": dtype}, local_files_only=True)
 
     def _save(
-        self, student: SentenceTransformer, folder: Path, projection: Embeddings | None, layers: list[int] | None
+        self, student: SentenceTransformer, folder: Path, projection: Matrix | None, layers: list[int] | None
     ) -> None:
         space = {
             "teacher": self.located.name,

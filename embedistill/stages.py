@@ -95,13 +95,16 @@ class Stages:
 
 
 @contextmanager
-def hold_folder(folder: Path, recipe: str, disposable: Sequence[str] = ()) -> Iterator[None]:
+def hold_folder(
+    folder: Path, recipe: str, disposable: Sequence[str] = (), changeable: tuple[str, ...] = ()
+) -> Iterator[None]:
     """Make a run's folder, or take up the one that this recipe began, and keep other processes out of it.
 
     Args:
         folder: The run's folder.
         recipe: The resolved recipe as YAML.
         disposable: Stages that cost little to run again: a run that has no other may have its recipe changed.
+        changeable: How the settings begin that may be changed at any time; the stages that depend on them run again.
 
     Raises:
         UsageError: It holds another recipe's run, or other files, or another process is at work in it.
@@ -117,7 +120,7 @@ def hold_folder(folder: Path, recipe: str, disposable: Sequence[str] = ()) -> It
     with lock:
         for part in folder.glob(f".*{PART}"):
             remove(part)
-        _claim(folder, recipe, disposable)
+        _claim(folder, recipe, disposable, changeable)
         yield
 
 
@@ -143,7 +146,7 @@ def describe_hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def _claim(folder: Path, recipe: str, disposable: Sequence[str]) -> None:
+def _claim(folder: Path, recipe: str, disposable: Sequence[str], changeable: tuple[str, ...]) -> None:
     path = folder / RECIPE
     if not path.is_file():
         others = sorted(file.name for file in folder.iterdir() if file.name != _LOCK)
@@ -158,7 +161,9 @@ def _claim(folder: Path, recipe: str, disposable: Sequence[str]) -> None:
     if changed and not set(record.get("stages", {})) - set(disposable):
         remove(folder / "run.json")
         write_text(path, recipe)
-    elif changed:
+    elif all(key.startswith(changeable) for key in changed):
+        write_text(path, recipe)
+    else:
         found = "; ".join(f"{key} {there.get(key)!r}, now {wanted.get(key)!r}" for key in changed[:5])
         do = "choose another --run-dir or name (what the teacher encoded is shared), or delete this one"
         raise UsageError(str(folder), f"the run of another recipe: {found}", "the same recipe", do)

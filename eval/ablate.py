@@ -21,8 +21,8 @@ from typing import Any
 import filelock
 
 from embedistill import Run, distill, load_recipe
+from embedistill.evaluation.loading import load_tasks
 from embedistill.evaluation.scoring import score_model
-from embedistill.evaluation.tasks import load_tasks
 from embedistill.files import read_json, write_json, write_text, written_aside
 from embedistill.recipe import Recipe, dump_recipe
 from embedistill.teacher import encode

@@ -28,8 +28,8 @@ from transformers import AutoModel
 from embedistill.architectures import keep_layers, read_config, resize
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.local import LocalEncoder
+from embedistill.evaluation.loading import load_task
 from embedistill.evaluation.scoring import Embeddings, score_model
-from embedistill.evaluation.tasks import load_task
 from embedistill.files import write_json
 from embedistill.student.building import add_head, build_student
 from embedistill.student.planning import TransformerPlan, plan_transformer

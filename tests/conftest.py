@@ -17,6 +17,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, PreTrainedTokenizerFast
 
+from embedistill.evaluation import trial
+from embedistill.evaluation.costs import Start
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 THEMES = {
     "sea": ["ship", "harbour", "sailor", "wave", "tide", "anchor", "captain", "storm", "fish", "net"],
@@ -159,10 +162,19 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def fast_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare every run the processes that measure how models start: they take as long as the libraries to import."""
+    if "real_start" not in request.keywords:
+        monkeypatch.setattr(trial, "measure_start", lambda *_: Start(1.0, 100.0))
+
+
 FORKS = """
 import json, os, sys, traceback
 module, code, runs = json.load(sys.stdin)
 __import__(module)
+from embedistill.evaluation import costs, trial
+trial.measure_start = lambda *_: costs.Start(1.0, 100.0)  # as in the process of the tests
 exits = []
 for arguments in runs:
     child = os.fork()

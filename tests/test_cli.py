@@ -13,7 +13,19 @@ from typer.testing import CliRunner
 from embedistill import cli
 from embedistill.recipe import find_recipe, list_recipes
 
-COMMANDS = ["run", "encode", "plan", "validate", "evaluate", "compare", "report", "search", "recipes", "cache"]
+COMMANDS = [
+    "benchmark",
+    "run",
+    "encode",
+    "plan",
+    "validate",
+    "evaluate",
+    "compare",
+    "report",
+    "search",
+    "recipes",
+    "cache",
+]
 RECIPE_COMMANDS = ["list", "show", "copy", "settings"]
 CACHE_COMMANDS = ["list", "verify", "prune", "export", "import"]
 
@@ -140,14 +152,14 @@ def test_a_run_from_the_command_line(
     assert code == 0, err
     lines = out.rstrip().splitlines()
     folder = next((tmp_path / "runs").iterdir())
-    assert re.search(r"student +┃ +untrained", out)
-    assert re.search(r"known-item mrr@10 .* % \[\d", out)
+    assert re.search(r"student .*untrained", out)
+    assert re.search(r"known-item ndcg@10 .* % \[\d", out)
     assert "Q: where is the ship" in out
     assert lines[-2] == f'  embedistill search runs/{folder.name} "your question"'
     assert lines[-1] == f"  python -m webbrowser {(folder / 'report.html').as_uri()}"
 
     code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1", "--json")
-    assert json.loads(out)["schema_version"] == 1
+    assert json.loads(out)["schema_version"] == 2
     assert "training: done earlier" in err
     assert len(json.loads(call(monkeypatch, capsys, "search", folder, "a cow", "--results", "3", "--json")[1])) == 3
     assert "Page: " in call(monkeypatch, capsys, "report", folder)[1]

@@ -1,35 +1,70 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import pytrec_eval
 from scipy import stats
+from sklearn.metrics import average_precision_score, v_measure_score
 
-from embedistill.evaluation.comparison import STS_MEAN, compare_results, decide
+from embedistill.errors import EmbedistillError
+from embedistill.evaluation.comparison import STS_MEAN, Retention, _count_needed, compare_results, correct, decide
+from embedistill.evaluation.costs import measure_start
 from embedistill.evaluation.metrics import (
+    _prepare,
     bootstrap,
     cosines,
+    metric_names,
     metric_value,
     neighbour_overlap,
     score_rankings,
-    spearman,
 )
-from embedistill.evaluation.scoring import Result, score_model, search_exactly
-from embedistill.evaluation.tasks import AgreementTask, RetrievalTask, StsTask, make_known_item_task
+from embedistill.evaluation.probes import agree, classify, cluster, compare_similarities
+from embedistill.evaluation.retrieval import search_exactly, search_index
+from embedistill.evaluation.scoring import Result, score_model
+from embedistill.evaluation.tasks import (
+    AgreementTask,
+    ClassificationTask,
+    ClusteringTask,
+    PairTask,
+    RetrievalTask,
+    StsTask,
+    make_known_item_task,
+)
 
 RNG = np.random.default_rng(0)
 
 
-def test_spearman_is_scipys_also_with_ties_and_for_a_resample() -> None:
-    for _ in range(20):
-        x, y = RNG.integers(0, 6, 30).astype(float), RNG.normal(size=30)
-        drawn = RNG.integers(30, size=30)
-        weights = np.stack([np.ones(30), np.bincount(drawn, minlength=30)], axis=1).astype(float)
-        plain, resampled = spearman(x, y, weights)
-        assert plain == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-        assert resampled == pytest.approx(stats.spearmanr(x[drawn], y[drawn]).statistic, abs=1e-12)
+def resampled(reference: Callable[[np.ndarray], float], items: dict[str, np.ndarray], metric: str) -> None:
+    """Check a metric against another implementation: on the items, and on resamples of them."""
+    assert metric_names(items) == [metric]
+    n_items = len(next(iter(items.values())))
+    assert metric_value(items, metric) == pytest.approx(reference(np.arange(n_items)), abs=1e-12)
+    drawn = RNG.integers(n_items, size=n_items)
+    weights = np.bincount(drawn, minlength=n_items).astype(float)[:, None]
+    assert _prepare([items], metric)(weights)[0, 0] == pytest.approx(reference(drawn), abs=1e-12)
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_spearman_is_scipys_also_with_ties_and_for_a_resample(decimals: int) -> None:
+    x, y = RNG.normal(size=30).round(decimals), RNG.integers(0, 6, 30).astype(float)
+    resampled(lambda rows: stats.spearmanr(x[rows], y[rows]).statistic, {"cosine": x, "score": y}, "spearman_cosine")
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 8])
+def test_average_precision_is_scikit_learns_also_with_ties(decimals: int) -> None:
+    x, y = RNG.normal(size=40).round(decimals), RNG.integers(0, 2, 40)
+    resampled(lambda rows: average_precision_score(y[rows], x[rows]), {"cosine": x, "label": y}, "cosine_ap")
+
+
+@pytest.mark.parametrize("n_clusters", [1, 3, 7])
+def test_v_measure_is_scikit_learns(n_clusters: int) -> None:
+    found, label = RNG.integers(0, n_clusters, 40), RNG.integers(0, 4, 40)
+    resampled(lambda rows: v_measure_score(label[rows], found[rows]), {"cluster": found, "label": label}, "v_measure")
 
 
 def test_spearman_of_a_constant_is_zero() -> None:
-    assert spearman(np.ones(5), np.arange(5.0), np.ones((5, 1)))[0] == 0
+    assert metric_value({"cosine": [1.0] * 5, "score": [1, 2, 3, 4, 5]}, "spearman_cosine") == 0
 
 
 def test_rankings_are_scored_as_trec_eval_does() -> None:
@@ -40,18 +75,25 @@ def test_rankings_are_scored_as_trec_eval_does() -> None:
     ours = score_rankings(rankings, judged, k=10)
     qrels = {str(q): {str(d): rel for d, rel in row.items()} for q, row in enumerate(judged)}
     run = {str(q): {str(d): float(-rank) for rank, d in enumerate(row[:10])} for q, row in enumerate(rankings)}
-    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "recip_rank", "recall_10"}).evaluate(run)
+    whole = {str(q): {str(d): float(-rank) for rank, d in enumerate(row)} for q, row in enumerate(rankings)}
+    measures = {"ndcg_cut_10", "recip_rank", "recall_1,10,100", "map"}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
+    of_all = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(whole)
     for query in range(25):
         expected = theirs[str(query)]
         assert ours["ndcg@10"][query] == pytest.approx(expected["ndcg_cut_10"])
         assert ours["mrr@10"][query] == pytest.approx(expected["recip_rank"])
-        assert ours["recall@10"][query] == pytest.approx(expected["recall_10"])
+        assert ours["map"][query] == pytest.approx(of_all[str(query)]["map"])
+        for cut in (1, 10, 100):
+            assert ours[f"recall@{cut}"][query] == pytest.approx(of_all[str(query)][f"recall_{cut}"])
 
 
 def test_a_ranking_by_hand() -> None:
-    scores = score_rankings(np.array([[7, 3, 5]]), [{3: 1.0, 9: 1.0}], k=2)
+    scores = score_rankings(np.array([[7, 3, 5]]), [{3: 1.0, 9: 1.0, 5: 0.0}], k=2, recalls=(1, 2))
     assert scores["mrr@2"] == [0.5]
+    assert scores["recall@1"] == [0.0]
     assert scores["recall@2"] == [0.5]
+    assert scores["map"] == [0.25]
     assert scores["ndcg@2"] == [pytest.approx((1 / np.log2(3)) / (1 + 1 / np.log2(3)))]
 
 
@@ -62,10 +104,23 @@ def test_overlap_and_cosine_by_hand() -> None:
 
 def test_the_bootstrap_of_a_mean_has_its_known_spread() -> None:
     values = RNG.normal(size=400)
-    draws = bootstrap({"ndcg@10": list(values)}, "ndcg@10", 4000, seed=1)
+    items = {"ndcg@10": list(values)}
+    (draws,) = bootstrap([items], "ndcg@10", 4000, seed=1)
     assert draws.mean() == pytest.approx(values.mean(), abs=0.01)
     assert draws.std() == pytest.approx(values.std() / 20, rel=0.1)
-    np.testing.assert_array_equal(draws, bootstrap({"ndcg@10": list(values)}, "ndcg@10", 4000, seed=1))
+    np.testing.assert_array_equal(draws, bootstrap([items], "ndcg@10", 4000, seed=1)[0])
+
+
+def test_the_bootstrap_of_spearman_is_what_scipy_finds_on_resamples() -> None:
+    x = RNG.normal(size=60)
+    items = {"cosine": x, "score": (x + RNG.normal(size=60)).round()}
+    draws = bootstrap([items, items], "spearman_cosine", 3000, seed=1)
+    np.testing.assert_array_equal(*draws)
+    rows = RNG.integers(60, size=(3000, 60))
+    theirs = [stats.spearmanr(x[some], items["score"][some]).statistic for some in rows]
+    assert np.quantile(draws[0], [0.025, 0.5, 0.975]) == pytest.approx(
+        np.quantile(theirs, [0.025, 0.5, 0.975]), abs=0.02
+    )
 
 
 def result(role: str, task: str, items: dict[str, list[float]]) -> Result:
@@ -77,11 +132,15 @@ def test_retention_of_a_student_that_loses_a_tenth_of_everything_is_sure() -> No
     teacher = list(RNG.uniform(0.2, 1, 50))
     student = [0.9 * value for value in teacher]
     results = [result("teacher", "T", {"ndcg@10": teacher}), result("student", "T", {"ndcg@10": student})]
-    (row,) = compare_results(results, resamples=500, seed=0, margin=0.03)
+    (row,), tests = compare_results(results, resamples=500, seed=0, margin=0.03)
     kept = row.retention["student"]
     assert (kept.value, kept.low, kept.high) == pytest.approx((0.9, 0.9, 0.9))
     assert str(kept) == "0.900 [0.900, 0.900] FAIL"
-    assert row.n_items == 50
+    assert (row.n_items, kept.items_needed) == (50, None)
+    (tested,) = tests
+    assert (tested.first, tested.second) == ("teacher", "student")
+    assert tested.value == pytest.approx(np.mean(teacher) / 10)
+    assert tested.p_value == pytest.approx(2 / 501)  # in none of 500 resamples is the student as good
 
 
 def test_retention_is_paired() -> None:
@@ -89,7 +148,7 @@ def test_retention_is_paired() -> None:
     noise = RNG.normal(size=200)
     teacher, student = list(1 + noise), list(0.95 + noise)
     results = [result("teacher", "T", {"m": teacher}), result("student", "T", {"m": student})]
-    kept = compare_results(results, resamples=1000, seed=0)[0].retention["student"]
+    kept = compare_results(results, resamples=1000, seed=0)[0][0].retention["student"]
     assert kept.high - kept.low < 0.05
     assert kept.verdict is None
 
@@ -101,7 +160,7 @@ def test_the_mean_of_sts_sets_is_the_ratio_of_means() -> None:
         for role, noise in (("teacher", 0.5), ("student", 2.0)):
             cosine = list(np.array(score) + noise * RNG.normal(size=60))
             results.append(result(role, task, {"cosine": cosine, "score": score}))
-    *single, mean = compare_results(results, resamples=200, seed=0)
+    (*single, mean), _ = compare_results(results, resamples=200, seed=0)
     assert mean.task == STS_MEAN
     assert mean.values["student"] == pytest.approx(np.mean([row.values["student"] for row in single]))
     assert mean.retention["student"].value == pytest.approx(mean.values["student"] / mean.values["teacher"])
@@ -110,7 +169,36 @@ def test_the_mean_of_sts_sets_is_the_ratio_of_means() -> None:
 
 def test_a_teacher_at_zero_has_no_retention() -> None:
     results = [result("teacher", "T", {"m": [0.0, 0.0]}), result("student", "T", {"m": [1.0, 0.0]})]
-    assert compare_results(results, resamples=100, seed=0)[0].retention == {}
+    assert compare_results(results, resamples=100, seed=0)[0][0].retention == {}
+
+
+def test_an_undecided_student_is_told_how_many_items_would_decide() -> None:
+    """Four times the items halve the interval, so that its nearer end comes to where it has to be."""
+    kept = Retention(0.98, 0.96, 1.0, "UNDECIDED")
+    assert _count_needed(kept, 100, 0.03) == 400
+    assert _count_needed(Retention(0.96, 0.94, 0.99, "UNDECIDED"), 100, 0.03) == 900
+    assert _count_needed(Retention(0.97, 0.96, 0.98, "UNDECIDED"), 100, 0.03) is None
+    assert _count_needed(Retention(0.99, 0.98, 1.0, "PASS"), 100, 0.03) is None
+
+
+def test_many_tests_are_corrected_as_holm_does() -> None:
+    """By hand: 0.01 x 4, 0.02 x 3, 0.03 x 2, and 0.9, none less than the one before."""
+    assert correct({"a": 0.03, "b": 0.01, "c": 0.9, "d": 0.02}) == pytest.approx(
+        {"b": 0.04, "d": 0.06, "a": 0.06, "c": 0.9}
+    )
+    assert correct({"a": 0.6, "b": 0.7}) == pytest.approx({"a": 1.0, "b": 1.0})
+
+
+def test_two_models_alike_do_not_differ() -> None:
+    values = list(RNG.uniform(size=50))
+    results = [result(role, "T", {"ndcg@10": values}) for role in ("teacher", "student", "other")]
+    tests = compare_results(results, resamples=100, seed=0)[1]
+    assert [(one.first, one.second) for one in tests] == [
+        ("teacher", "student"),
+        ("teacher", "other"),
+        ("student", "other"),
+    ]
+    assert {one.p_corrected for one in tests} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -152,21 +240,99 @@ def test_a_model_is_scored_on_every_task_and_encodes_each_text_of_a_kind_once() 
         StsTask("S", ["0", "0", "0"], ["10", "50", "90"], [5, 3, 1]),
         RetrievalTask("R", ["10"], ["0", "50", "12"], [{2: 1.0}]),
         AgreementTask("agreement", ["0", "10", "50", "90"]),
+        PairTask("P", ["0", "0"], ["10", "90"], [True, False]),
+        ClassificationTask("C", ["0", "5", "80", "90"], ["low", "low", "high", "high"], ["10", "70"], ["low", "high"]),
+        ClusteringTask("K", ["0", "5", "80", "90"], ["a", "a", "b", "b"]),
     ]
-    sts, retrieval, agreement = score_model(
-        tasks, encode, role="student", model="m", teacher=fake_encode, teacher_space=lambda vectors: vectors
+    found = score_model(
+        tasks, encode, role="student", model="m", teacher=fake_encode, teacher_space=lambda same: same, asymmetric=True
     )
+    sts, retrieval, of_queries, of_documents, agreement, pairs, classification, clustering = found
     assert calls == {
-        "plain": ["0", "10", "50", "90"],
+        "plain": ["0", "10", "50", "90", "5", "80", "70"],
         "query": ["10"],
         "document": ["0", "50", "12", "10", "90"],
     }
     assert sts.metrics == {"spearman_cosine": 1.0}
     assert sts.items["cosine"] == pytest.approx([np.cos(np.radians(angle)) for angle in (10, 50, 90)], abs=1e-6)
-    assert retrieval.metrics == {"ndcg@10": 1.0, "mrr@10": 1.0, "recall@10": 1.0}
-    assert agreement.metrics == {"cosine": pytest.approx(1.0), "overlap@10": 1.0}
+    ranked = ["ndcg@10", "mrr@10", "recall@1", "recall@10", "recall@100", "map", "overlap@10"]
+    assert retrieval.metrics == of_queries.metrics == dict.fromkeys(ranked, 1.0)
+    assert (of_queries.role, of_documents.role) == ("student queries", "student documents")
+    assert agreement.metrics == pytest.approx({"cosine": 1.0, "overlap@10": 1.0, "rank_correlation": 1.0})
+    assert agreement.details["similarities"]["distance"] == 0
+    assert pairs.metrics == {"cosine_ap": 1.0}
+    assert classification.items == {"accuracy": [1.0, 1.0]}
+    assert clustering.metrics == {"v_measure": pytest.approx(1.0)}
+
+
+def test_students_queries_find_what_the_teachers_documents_say() -> None:
+    """The student turns queries by 90 degrees and documents not at all: each side is judged by its own fault."""
+    documents, queries = ["0", "40", "90", "130"], ["2", "88"]
+    task = RetrievalTask("R", queries, documents, [{0: 1.0}, {2: 1.0}])
+
+    def student(texts: list[str], kind: str) -> np.ndarray:
+        return fake_encode([str(float(text) + 90 * (kind == "query")) for text in texts], kind)
+
+    plain, of_queries, of_documents = score_model(
+        [task],
+        student,
+        role="student",
+        model="m",
+        teacher=fake_encode,
+        teacher_space=lambda same: same,
+        asymmetric=True,
+    )
+    assert plain.items["recall@1"] == of_queries.items["recall@1"] == [0.0, 0.0]
+    assert of_documents.items["recall@1"] == [1.0, 1.0]
+    (teacher,) = score_model([task], fake_encode, role="teacher", model="t", teacher=fake_encode)
+    assert teacher.details["nearest"] == pytest.approx([np.cos(np.radians(2))] * 2)
 
 
 def test_exact_search_is_numpys() -> None:
     documents, queries = RNG.normal(size=(50, 8)).astype("f4"), RNG.normal(size=(5, 8)).astype("f4")
     np.testing.assert_array_equal(search_exactly(documents, queries, 7), np.argsort(-queries @ documents.T)[:, :7])
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
+def test_every_index_finds_what_is_clearly_nearest(kind: str) -> None:
+    documents = RNG.normal(size=(300, 16)).astype("f4")
+    documents /= np.linalg.norm(documents, axis=1, keepdims=True)
+    ranking, costs = search_index(documents, documents[:20], 5, kind)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(ranking[:, 0], np.arange(20))
+    assert costs.kind == kind
+    assert 300 * 16 * 4 / 1e6 < costs.megabytes < 1
+    assert costs.p50_ms <= costs.p95_ms
+
+
+def test_similarities_of_a_model_that_halves_them_are_found_out() -> None:
+    """Two dimensions tell texts apart; a third, the same for all, raises every similarity from s to (s + 1) / 2."""
+    angles = RNG.uniform(0, 2 * np.pi, 200)
+    teacher = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype("f4")
+    model = np.concatenate([teacher, np.ones((200, 1), "f4")], axis=1) / np.sqrt(2).astype("f4")
+    found = compare_similarities(model, teacher)
+    assert dict(found["thresholds"])[0.5] == pytest.approx(0.75, abs=0.01)
+    similarities = (teacher @ teacher.T)[~np.eye(200, dtype=bool)]
+    assert found["distance"] == pytest.approx(np.mean((1 - similarities) / 2), abs=1e-4)
+    assert sum(found["model"]) == pytest.approx(1, abs=1e-4)
+    kept = agree(model, teacher, None)
+    assert kept["overlap@10"] == pytest.approx([1.0] * 200)
+    assert kept["rank_correlation"] == pytest.approx([1.0] * 200, abs=1e-3)
+    assert "cosine" not in kept
+
+
+def test_a_probe_and_clusters_find_what_is_there() -> None:
+    low, high = (fake_encode([str(n) for n in some], "plain") for some in (range(20), range(70, 90)))
+    both, labels = np.concatenate([low, high]), ["low"] * 20 + ["high"] * 20
+    assert classify(both, labels, both[[0, 39]], ["low", "low"]) == [1.0, 0.0]
+    found = cluster(both, 2)
+    assert len(set(found[:20])) == len(set(found[20:])) == 1 != len(set(found))
+
+
+@pytest.mark.real_start
+def test_a_new_process_says_what_a_model_needs(teacher_dir: Path, tmp_path: Path) -> None:
+    start = measure_start(teacher_dir, ["a ship", "a cow"])
+    assert 0 < start.cold_start_seconds < 60
+    assert start.peak_megabytes is not None
+    assert 100 < start.peak_megabytes < 10_000
+    with pytest.raises(EmbedistillError, match=r"nothing: .*; check that SentenceTransformer\(path\) loads it"):
+        measure_start(tmp_path / "nothing", ["a ship"])

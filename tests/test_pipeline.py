@@ -18,7 +18,7 @@ from embedistill.cache.store import EmbeddingCache
 from embedistill.encoding.cluster import TeacherSpec
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
-from embedistill.evaluation.tasks import load_task
+from embedistill.evaluation.loading import load_task
 from embedistill.precomputation import encode_corpus
 from embedistill.report.document import load_report
 
@@ -57,7 +57,7 @@ KILLS = [
     ("embedistill.student.saving:np.save", 1),
     ("embedistill.training.objectives:DistillationLoss.forward", 14),
     ("embedistill.training.objectives:DistillationLoss.forward", 16),  # in the second training
-    ("embedistill.pipeline:save_result", 3),
+    ("embedistill.evaluation.scoring:write_json", 3),
     ("embedistill.pipeline:write_page", 1),
     ("embedistill.search:faiss.write_index", 1),
 ]
@@ -68,8 +68,8 @@ def comparable(folder: Path) -> dict[str, object]:
     report = json.loads((folder / "report.json").read_text())
     report.pop("seconds")
     for model in report["models"]:
-        model.pop("texts_per_second")
-        model.pop("name")
+        for time_and_place in ("name", "texts_per_second", "p50_ms", "p95_ms"):
+            model.pop(time_and_place)
     return report
 
 
@@ -129,8 +129,17 @@ def test_a_run_holds_what_it_should(finished: Path, teacher_dir: Path) -> None:
     report = load_report(run)
     assert [model.role for model in report.models] == ["teacher", "student", "untrained", str(teacher_dir)]
     assert {row.task for row in report.comparisons} == {
-        *("agreement", "known-item", "STSBenchmark", "STS12", "Tiny", "STS mean")
+        *("agreement", "known-item", "STSBenchmark", "STS12", "Tiny", "STS mean", "retrieval mean")
     }
+    (mean,) = (row for row in report.comparisons if row.task == "retrieval mean")
+    roles = ["teacher", "student", "student queries", "student documents", "untrained", "word vectors", "teacher's PCA"]
+    assert list(mean.values) == [*roles, str(teacher_dir)]
+    assert list(mean.retention) == list(mean.values)[1:]
+    assert report.details["known-item"]["student"]["index"]["kind"] == "flat"
+    assert len(report.details["agreement"]["student"]["similarities"]["model"]) == 52
+    assert {segment.task for segment in report.segments} <= {"STSBenchmark", "STS12", "agreement", "known-item"}
+    assert len(report.disagreements) == 10
+    assert report.contamination == {}
     itself = report.retention("Tiny", role=str(teacher_dir))
     assert itself.value == pytest.approx(1, abs=0.02)
     assert 0.9 < report.retention("agreement", "cosine").value < 1
@@ -143,6 +152,26 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(pipeline._Line, name, lambda self: pytest.fail("run again"))
     run = again(finished)
     assert run.student.encode("a plain SentenceTransformer").shape == (16,)
+
+
+def test_a_finished_run_is_evaluated_anew_where_only_that_changed(
+    recipe_file: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill(load_recipe(recipe_file, "name=r", "evaluation.tasks=[agreement]", "training.epochs=0.1"), "run")
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    pairs = [{"sentence1": row["body"], "sentence2": row["title"], "score": n} for n, row in enumerate(rows)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for name in ("read", "encode", "build", "train"):
+        monkeypatch.setattr(pipeline._Line, name, lambda self: pytest.fail("run again"))
+    changed = ["evaluation.tasks=[agreement, own.jsonl]", "evaluation.misspelt=true", "evaluation.index=hnsw"]
+    report = distill(load_recipe(recipe_file, "name=r", "training.epochs=0.1", *changed), "run").report
+    assert {row.task for row in report.comparisons} == {"agreement", "own"}
+    assert report.contamination["own"] > 200  # a task of the training texts, that nobody named before the training
+    monkeypatch.setattr(pipeline._Line, "evaluate", lambda self: pytest.fail("run again"))
+    report = distill(
+        load_recipe(recipe_file, "name=r", "training.epochs=0.1", *changed, "evaluation.margin=0.5"), "run"
+    )
+    assert report.report.verdict
 
 
 def test_a_stage_whose_output_is_gone_is_run_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +187,9 @@ def test_the_stored_recipe_repeats_the_run(finished: Path) -> None:
     first = load_report(finished / "run")
     for mine, theirs in zip(repeated.report.comparisons, first.comparisons, strict=True):
         assert mine.values == pytest.approx(theirs.values, abs=1e-4)
-    both = compare(finished / "run", finished / "repeated")
+    both = compare(finished / "run", finished / "repeated", out=finished / "both")
+    assert load_report(finished / "both").comparisons == both.comparisons
+    assert "repeated" in (finished / "both" / "report.html").read_text()
     assert [model.role for model in both.models] == ["teacher", "run", "repeated"]
     assert both.retention("STS12", role="repeated").value == pytest.approx(first.retention("STS12").value, abs=1e-3)
 

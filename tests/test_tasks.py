@@ -1,3 +1,5 @@
+import gzip
+import json
 from pathlib import Path
 
 import datasets
@@ -5,7 +7,19 @@ import pytest
 
 from embedistill import hub
 from embedistill.errors import EmbedistillError, UsageError
-from embedistill.evaluation.tasks import RetrievalTask, StsTask, describe_tasks, load_task, load_tasks, save_sts
+from embedistill.evaluation.loading import describe_tasks, list_tasks, load_task, load_tasks, save_sts
+from embedistill.evaluation.tasks import (
+    AgreementTask,
+    ClassificationTask,
+    ClusteringTask,
+    PairTask,
+    RetrievalTask,
+    StsTask,
+    draw_experiments,
+    fingerprint_task,
+    list_items,
+    list_texts,
+)
 
 
 def test_sets_from_a_folder(data_dir: Path) -> None:
@@ -88,3 +102,92 @@ def test_what_a_set_is_changes_with_its_file(data_dir: Path) -> None:
     assert before == describe_tasks(["STS12", "Tiny"], data_dir)
     assert len(before[1]) >= 4
     assert describe_tasks(["STS12"], None) == [["STS12"]]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def labelled(texts: str, labels: str) -> list[dict[str, object]]:
+    return [{"text": text, "label": label} for text, label in zip(texts.split(), labels.split(), strict=True)]
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    folder = tmp_path / "sets"
+    write_rows(folder / "classification" / "C.train.jsonl", labelled("a b c d", "x y x y"))
+    write_rows(folder / "classification" / "C.test.jsonl", labelled("e f", "x y"))
+    write_rows(folder / "clustering" / "K.jsonl.gz", labelled("a b c", "1 2 1"))
+    pairs = [{"sentence1": "a", "sentence2": "b", "label": 1}, {"sentence1": "c", "sentence2": "d", "label": 0}]
+    write_rows(folder / "pairs" / "P.jsonl", pairs)
+    write_rows(folder / "pairs" / "P.dev.jsonl", pairs)
+    return folder
+
+
+def test_classification_clustering_and_pairs_come_from_a_folder(sets: Path) -> None:
+    assert list_tasks(sets) == ["P", "C", "K"]  # development and training parts are no tasks
+    classification, clustering, pairs = (load_task(name, sets) for name in "CKP")
+    assert isinstance(classification, ClassificationTask)
+    assert (classification.fitted_labels, classification.texts) == (["x", "y", "x", "y"], ["e", "f"])
+    assert list_texts(classification) == {"plain": ["a", "b", "c", "d", "e", "f"]}
+    assert list_items(classification) == [("e",), ("f",)]
+    assert isinstance(clustering, ClusteringTask)
+    assert (clustering.texts, clustering.labels) == (["a", "b", "c"], ["1", "2", "1"])
+    assert isinstance(pairs, PairTask)
+    assert (pairs.labels, list_items(pairs)) == ([True, False], [("a", "b"), ("c", "d")])
+
+
+def test_what_is_wrong_in_labelled_sets_is_said(sets: Path) -> None:
+    write_rows(sets / "classification" / "C.test.jsonl", labelled("e f", "x z"))
+    with pytest.raises(UsageError, match=r"C.test.jsonl: labels z; expected the labels of C.train.jsonl"):
+        load_task("C", sets)
+    (sets / "classification" / "C.train.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"no C.train.jsonl beside it"):
+        load_task("C", sets)
+    write_rows(sets / "clustering" / "K.jsonl.gz", labelled("a b", "1 1"))
+    with pytest.raises(UsageError, match="1 label; expected two"):
+        load_task("K", sets)
+    write_rows(sets / "pairs" / "P.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 2}])
+    with pytest.raises(UsageError, match="labels 2; expected 0 and 1"):
+        load_task("P", sets)
+
+
+def test_a_file_of_ones_own_is_what_its_columns_say(tmp_path: Path) -> None:
+    sts = write_rows(tmp_path / "s.jsonl", [{"sentence1": "a", "sentence2": "b", "score": n} for n in (1, 2)])
+    assert isinstance(load_task(str(sts), None), StsTask)
+    rows = [
+        {"query": "q1", "documents": ["a", "b"], "relevance": [1, 0], "category": "x"},
+        {"query": "q2", "documents": ["b", "c"], "relevance": [0, 2], "category": "y"},
+        {"query": "q3", "documents": ["c"], "relevance": [0], "category": "y"},
+    ]
+    search = load_task(str(write_rows(tmp_path / "own.search.jsonl.gz", rows)), None)
+    assert isinstance(search, RetrievalTask)
+    assert (search.name, search.queries, search.documents) == ("own.search", ["q1", "q2"], ["a", "b", "c"])
+    assert search.relevance == [{0: 1.0, 1: 0.0}, {1: 0.0, 2: 2.0}]
+    assert search.columns == {"category": ["x", "y"]}
+    texts = load_task(str(write_rows(tmp_path / "t.jsonl", [{"text": "a", "source": "s"}, {"text": "b"}])), None)
+    assert isinstance(texts, AgreementTask)
+    assert texts.columns == {"source": ["s", ""]}
+    rows[0]["relevance"] = [1]
+    with pytest.raises(UsageError, match=r"bad.jsonl:1: documents and relevance; expected two lists of the same"):
+        load_task(str(write_rows(tmp_path / "bad.jsonl", rows)), None)
+    with pytest.raises(UsageError, match="no such file"):
+        load_task(str(tmp_path / "nowhere.jsonl"), None)
+
+
+def test_what_a_task_is_does_not_depend_on_its_further_columns() -> None:
+    plain, grouped = AgreementTask("t", ["a", "b"]), AgreementTask("t", ["a", "b"], {"source": ["x", "y"]})
+    assert fingerprint_task(plain) == fingerprint_task(grouped) != fingerprint_task(AgreementTask("t", ["a", "c"]))
+
+
+def test_a_probe_is_fitted_on_eight_of_a_class_ten_times() -> None:
+    task = ClassificationTask("c", [str(n) for n in range(60)], ["x", "y", "z"] * 20, ["a"], ["x"])
+    drawn = draw_experiments(task)
+    assert len(drawn) == 10
+    for numbers in drawn:
+        assert sorted(task.fitted_labels[number] for number in numbers) == ["x"] * 8 + ["y"] * 8 + ["z"] * 8
+    assert drawn[0] != drawn[1]
+    assert drawn == draw_experiments(task)

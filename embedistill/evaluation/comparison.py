@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
-from embedistill.evaluation.metrics import SPEARMAN, Values, bootstrap, count_items
-from embedistill.evaluation.scoring import NEIGHBOURS, Result
+from embedistill.evaluation.metrics import (
+    AVERAGE_PRECISION,
+    SPEARMAN,
+    V_MEASURE,
+    Values,
+    bootstrap,
+    count_items,
+)
+from embedistill.evaluation.scoring import TEACHER, Result
 from embedistill.progress import progress_bar
 
 Verdict = Literal["PASS", "FAIL", "UNDECIDED"]
+MAIN = {
+    SPEARMAN: "STS",
+    "ndcg@10": "retrieval",
+    "accuracy": "classification",
+    V_MEASURE: "clustering",
+    AVERAGE_PRECISION: "pairs",
+}
+"""The metrics that are judged, one a kind of task, and the kind."""
 STS_MEAN = "STS mean"
-_OF_AGREEMENT = {"cosine", f"overlap@{NEIGHBOURS}"}  # the teacher has 1 by definition: a margin on it means nothing
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Student metric / teacher metric on the same items, with a 95 % interval, and the verdict against a margin."""
+    """Student metric / teacher metric on the same items, with a 95 % interval, and the verdict against a margin.
+
+    Where the verdict is UNDECIDED, `items_needed` says about how many items would decide it, were the value the true
+    one: an interval narrows with the root of their number.
+    """
 
     value: float
     low: float
     high: float
     verdict: Verdict | None = None
+    items_needed: int | None = None
 
     def __str__(self) -> str:
         """Say it in one line: 0.967 [0.955, 0.979] PASS."""
@@ -43,50 +64,119 @@ class Comparison:
     retention: dict[str, Retention]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """First model less second on a task's main metric, with a 95 % interval, and a test of whether there is one.
+
+    Attributes:
+        task: Its name.
+        metric: Its main metric.
+        first: A role.
+        second: Another role.
+        value: What the first has more.
+        low: Of the interval.
+        high: Of the interval.
+        p_value: Two-sided, of no difference, by the paired bootstrap.
+        p_corrected: For as many tasks as these two were compared on (Holm, 1979).
+    """
+
+    task: str
+    metric: str
+    first: str
+    second: str
+    value: float
+    low: float
+    high: float
+    p_value: float
+    p_corrected: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One metric of one task: its value and its resamples by role."""
+
+    task: str
+    metric: str
+    n_items: int
+    values: dict[str, float]
+    draws: dict[str, Values]
+
+
 def compare_results(
     results: Sequence[Result], *, resamples: int, seed: int, margin: float | None = None
-) -> list[Comparison]:
-    """Compare every role's results with the teacher's, task by task and metric by metric.
+) -> tuple[list[Comparison], list[Difference]]:
+    """Compare every role's results with the teacher's, task by task and metric by metric, and every two roles.
 
-    Retention has a percentile interval from a paired bootstrap: the same resamples of items for both models. With two
-    STS sets or more, a last row has the mean of their values; its interval resamples the items of every set.
+    Retention has a percentile interval from a paired bootstrap: the same resamples of items for all models (Efron and
+    Tibshirani, 1993). Of two tasks of a kind or more a further row has the mean; its interval resamples the items of
+    every task.
 
     Args:
         results: Results on the same items; where none has the role "teacher", there is no retention.
         resamples: Bootstrap resamples.
         seed: Of the resamples.
-        margin: With it, retention has a verdict: PASS when the interval is above 1 - margin, FAIL when below.
+        margin: With it, retention in a main metric has a verdict: PASS when the interval is above 1 - margin, FAIL
+            when below.
     """
-    comparisons: list[Comparison] = []
-    of_sts: list[tuple[dict[str, float], dict[str, Values]]] = []
+    drawn = list(_draw_all(results, resamples, seed))
+    drawn += list(_average(drawn))
+    comparisons = [
+        Comparison(one.task, one.metric, one.n_items, one.values, retain(one, margin if one.metric in MAIN else None))
+        for one in drawn
+    ]
+    return comparisons, _test(drawn)
+
+
+def _draw_all(results: Sequence[Result], resamples: int, seed: int) -> Iterator[Drawn]:
     with progress_bar("bootstrap", sum(len(result.metrics) for result in results), "metrics") as advance:
         for task in dict.fromkeys(result.task for result in results):
-            peers = {result.role: result for result in results if result.task == task}
-            for metric in dict.fromkeys(name for peer in peers.values() for name in peer.metrics):
-                having = {role: peer for role, peer in peers.items() if metric in peer.metrics}
-                values = {role: peer.metrics[metric] for role, peer in having.items()}
-                draws = {}
-                for role, peer in having.items():
-                    draws[role] = bootstrap(peer.items, metric, resamples, seed + zlib.crc32(task.encode()))
-                    advance(1)
-                n_items = count_items(next(iter(having.values())).items)
-                judged = None if metric in _OF_AGREEMENT else margin
-                comparisons.append(Comparison(task, metric, n_items, values, _retentions(values, draws, judged)))
-                if metric == SPEARMAN:
-                    of_sts.append((values, draws))
-    return comparisons + _average(of_sts, sum(row.n_items for row in comparisons if row.metric == SPEARMAN), margin)
+            peers = [result for result in results if result.task == task]
+            for metric in dict.fromkeys(name for peer in peers for name in peer.metrics):
+                yield draw([peer for peer in peers if metric in peer.metrics], metric, resamples, seed)
+                advance(sum(metric in peer.metrics for peer in peers))
 
 
-def _average(
-    of_sts: Sequence[tuple[dict[str, float], dict[str, Values]]], n_items: int, margin: float | None
-) -> list[Comparison]:
-    """Return the mean of two STS sets or more as a row of its own."""
-    if len(of_sts) < 2:
-        return []
-    roles = [role for role in of_sts[0][0] if all(role in values for values, _ in of_sts)]
-    means = {role: float(np.mean([values[role] for values, _ in of_sts])) for role in roles}
-    draws = {role: np.mean([drawn[role] for _, drawn in of_sts], axis=0) for role in roles}
-    return [Comparison(STS_MEAN, SPEARMAN, n_items, means, _retentions(means, draws, margin))]
+def draw(results: Sequence[Result], metric: str, resamples: int, seed: int) -> Drawn:
+    """Resample one metric of models on one task."""
+    task = results[0].task
+    draws = bootstrap([result.items for result in results], metric, resamples, seed + zlib.crc32(task.encode()))
+    return Drawn(
+        task,
+        metric,
+        count_items(results[0].items),
+        {result.role: result.metrics[metric] for result in results},
+        dict(zip((result.role for result in results), draws, strict=True)),
+    )
+
+
+def _average(drawn: Sequence[Drawn]) -> Iterator[Drawn]:
+    """Yield the mean of two tasks of a kind or more, of the roles that did all of them."""
+    for metric, kind in MAIN.items():
+        some = [one for one in drawn if one.metric == metric]
+        if len(some) < 2:
+            continue
+        roles = [role for role in some[0].values if all(role in one.values for one in some)]
+        yield Drawn(
+            f"{kind} mean",
+            metric,
+            sum(one.n_items for one in some),
+            {role: float(np.mean([one.values[role] for one in some])) for role in roles},
+            {role: np.mean([one.draws[role] for one in some], axis=0) for role in roles},
+        )
+
+
+def retain(drawn: Drawn, margin: float | None) -> dict[str, Retention]:
+    """Return the retention of every role but the teacher."""
+    if not drawn.values.get(TEACHER):
+        return {}  # a teacher at zero has nothing to keep
+    retentions = {}
+    reference = np.where(drawn.draws[TEACHER] == 0, np.nan, drawn.draws[TEACHER])
+    for role, value in drawn.values.items():
+        if role != TEACHER:
+            low, high = (float(bound) for bound in np.nanpercentile(drawn.draws[role] / reference, [2.5, 97.5]))
+            kept = Retention(value / drawn.values[TEACHER], low, high, decide(low, high, margin))
+            retentions[role] = replace(kept, items_needed=_count_needed(kept, drawn.n_items, margin))
+    return retentions
 
 
 def decide(low: float, high: float, margin: float | None) -> Verdict | None:
@@ -98,13 +188,40 @@ def decide(low: float, high: float, margin: float | None) -> Verdict | None:
     return "FAIL" if high < 1 - margin else "UNDECIDED"
 
 
-def _retentions(values: dict[str, float], draws: dict[str, Values], margin: float | None) -> dict[str, Retention]:
-    if not values.get("teacher"):
-        return {}  # a teacher at zero has nothing to keep
-    retentions = {}
-    reference = np.where(draws["teacher"] == 0, np.nan, draws["teacher"])
-    for role, value in values.items():
-        if role != "teacher":
-            low, high = (float(bound) for bound in np.nanpercentile(draws[role] / reference, [2.5, 97.5]))
-            retentions[role] = Retention(value / values["teacher"], low, high, decide(low, high, margin))
-    return retentions
+def _count_needed(kept: Retention, n_items: int, margin: float | None) -> int | None:
+    """Return how many items would bring the nearer end of the interval to the threshold."""
+    if margin is None or kept.verdict != "UNDECIDED":
+        return None
+    distance = kept.value - (1 - margin)
+    half = kept.value - kept.low if distance > 0 else kept.high - kept.value
+    return math.ceil(n_items * (half / distance) ** 2) if abs(distance) > 1e-4 else None
+
+
+def _test(drawn: Sequence[Drawn]) -> list[Difference]:
+    """Test every two roles on every main metric, corrected for the tasks they share."""
+    judged = [one for one in drawn if one.metric in MAIN and not one.task.endswith(" mean")]
+    roles = list(dict.fromkeys(role for one in judged for role in one.values))
+    found: list[Difference] = []
+    for first, second in combinations(roles, 2):
+        pair = [_subtract(one, first, second) for one in judged if {first, second} <= one.values.keys()]
+        corrected = correct({row.task: row.p_value for row in pair})
+        found += [replace(row, p_corrected=corrected[row.task]) for row in pair]
+    return found
+
+
+def _subtract(drawn: Drawn, first: str, second: str) -> Difference:
+    draws = drawn.draws[first] - drawn.draws[second]
+    low, high = (float(bound) for bound in np.percentile(draws, [2.5, 97.5]))
+    p = float(min(1.0, 2 * (1 + min(np.sum(draws <= 0), np.sum(draws >= 0))) / (1 + len(draws))))
+    value = drawn.values[first] - drawn.values[second]
+    return Difference(drawn.task, drawn.metric, first, second, value, low, high, p, p)
+
+
+def correct(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values corrected for their number by the step-down method of Holm (1979)."""
+    corrected: dict[str, float] = {}
+    worst = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[name]))
+        corrected[name] = worst
+    return corrected

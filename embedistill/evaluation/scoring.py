@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
-import numpy.typing as npt
 
 from embedistill.evaluation.metrics import (
-    Ranking,
+    RETRIEVED,
     cosines,
     metric_names,
     metric_value,
     neighbour_overlap,
     score_rankings,
 )
-from embedistill.evaluation.tasks import AgreementTask, RetrievalTask, StsTask, Task
-from embedistill.files import fingerprint, read_json, write_json
+from embedistill.evaluation.probes import NEIGHBOURS, agree, classify, cluster, compare_similarities
+from embedistill.evaluation.retrieval import Embeddings, IndexKind, search_exactly, search_index
+from embedistill.evaluation.tasks import (
+    AgreementTask,
+    ClassificationTask,
+    ClusteringTask,
+    PairTask,
+    RetrievalTask,
+    StsTask,
+    Task,
+    draw_experiments,
+    fingerprint_task,
+    list_texts,
+)
+from embedistill.files import read_json, write_json, written_aside
 from embedistill.teacher import Kind
 
-SCHEMA_VERSION = 1
-NEIGHBOURS = 10
+SCHEMA_VERSION = 2
+TEACHER = "teacher"
+QUERIES, DOCUMENTS = "queries", "documents"
+"""Behind a role: its queries on the teacher's documents, or the teacher's queries on its documents."""
 
-Embeddings = npt.NDArray[np.float32]
 Encoder = Callable[[Sequence[str], Kind], Embeddings]
 """From texts of a kind to unit vectors (n_texts, dim)."""
 
@@ -35,7 +47,8 @@ Encoder = Callable[[Sequence[str], Kind], Embeddings]
 class Result:
     """What one model did on one task: the metrics, and one value an item to believe them by.
 
-    `task_sha256` is that of the task's texts and judgements: results with the same one are of the same items.
+    `task_sha256` is that of the task's texts and judgements: results with the same one are of the same items. `details`
+    are figures without items: the costs of an index, the distribution of similarities.
     """
 
     task: str
@@ -45,6 +58,7 @@ class Result:
     items: dict[str, list[float]]
     task_sha256: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -56,6 +70,8 @@ def score_model(
     model: str,
     teacher: Encoder | None = None,
     teacher_space: Callable[[Embeddings], Embeddings] | None = None,
+    asymmetric: bool = False,
+    index: IndexKind = "flat",
     versions: dict[str, str] | None = None,
 ) -> list[Result]:
     """Score a model on tasks.
@@ -65,70 +81,103 @@ def score_model(
         encode: The model.
         role: teacher, student, untrained, or another model's name.
         model: Its path or id.
-        teacher: The teacher; agreement tasks need it.
-        teacher_space: Maps the teacher's vectors into the model's space; without it no cosine to the teacher is taken.
+        teacher: The teacher; agreement tasks need it, and retrieval is compared with its rankings.
+        teacher_space: Maps the teacher's vectors into the model's space; with it the cosine to the teacher is taken.
+        asymmetric: Give retrieval two more results: of the role's queries on the teacher's documents, and the reverse.
+        index: The FAISS index that is searched; the teacher's ranking for comparison is always exact.
         versions: Of the software, for the record.
     """
-    texts: dict[Kind, dict[str, int]] = {}
-    for task in tasks:
-        for kind, some in task.texts_by_kind.items():
-            rows = texts.setdefault(kind, {})
-            for text in some:
-                rows.setdefault(text, len(rows))
-    vectors = {kind: encode(list(rows), kind) for kind, rows in texts.items()}
-
-    def lookup(wanted: Sequence[str], kind: Kind) -> Embeddings:
-        return vectors[kind][[texts[kind][text] for text in wanted]]
-
+    scoring = _Scoring(_encode_once(tasks, encode), teacher, teacher_space, index, asymmetric)
     results = []
     for task in tasks:
-        match task:
-            case StsTask():
-                items = {
-                    "cosine": cosines(lookup(task.sentences1, "plain"), lookup(task.sentences2, "plain")),
-                    "score": list(task.scores),
-                }
-            case RetrievalTask():
-                ranking = search_exactly(lookup(task.documents, "document"), lookup(task.queries, "query"), NEIGHBOURS)
-                items = score_rankings(ranking, task.relevance, NEIGHBOURS)
-            case AgreementTask():
-                if teacher is None:
-                    continue
-                items = _agreement(lookup(task.texts, "document"), teacher(task.texts, "document"), teacher_space)
-        metrics = {name: metric_value(items, name) for name in metric_names(items)}
-        results.append(Result(task.name, role, model, metrics, items, fingerprint(asdict(task)), versions or {}))
+        sha256 = fingerprint_task(task)
+        for part, (items, details) in scoring.score(task).items():
+            metrics = {name: metric_value(items, name) for name in metric_names(items)}
+            name = f"{role} {part}".strip()
+            results.append(Result(task.name, name, model, metrics, items, sha256, versions or {}, details))
     return results
 
 
-def search_exactly(documents: Embeddings, queries: Embeddings, k: int) -> Ranking:
-    """Return the numbers of the k documents with the largest inner product, shape (n_queries, k), by FAISS."""
-    index = faiss.IndexFlatIP(documents.shape[1])
-    index.add(np.ascontiguousarray(documents))
-    _, numbers = index.search(np.ascontiguousarray(queries), min(k, len(documents)))
-    return np.asarray(numbers, np.int64)
+_Scored = tuple[dict[str, list[Any]], dict[str, Any]]  # values an item, and details
 
 
-def save_result(result: Result, folder: Path) -> None:
-    """Write `<folder>/<task>/<role>.json`."""
-    write_json(folder / result.task / f"{result.role.replace('/', '--')}.json", asdict(result))
+@dataclass(frozen=True)
+class _Scoring:
+    lookup: Encoder
+    teacher: Encoder | None
+    teacher_space: Callable[[Embeddings], Embeddings] | None
+    index: IndexKind
+    asymmetric: bool
+
+    def score(self, task: Task) -> Mapping[str, _Scored]:
+        """Return what comes behind the role's name, "" for the model alone, with what was found."""
+        match task:
+            case StsTask() | PairTask():
+                first, second = self.lookup(task.sentences1, "plain"), self.lookup(task.sentences2, "plain")
+                judged = {"score": list(task.scores)} if isinstance(task, StsTask) else {"label": list(task.labels)}
+                return {"": ({"cosine": cosines(first, second), **judged}, {})}
+            case ClassificationTask():
+                return {"": ({"accuracy": self._classify(task)}, {})}
+            case ClusteringTask():
+                names = sorted(set(task.labels))
+                found = cluster(self.lookup(task.texts, "plain"), len(names))
+                return {"": ({"cluster": found, "label": [names.index(label) for label in task.labels]}, {})}
+            case RetrievalTask():
+                return self._search(task)
+            case AgreementTask() if self.teacher:
+                vectors, teacher = self.lookup(task.texts, "document"), self.teacher(task.texts, "document")
+                target = self.teacher_space(teacher) if self.teacher_space else None
+                details = {"similarities": compare_similarities(vectors, teacher)}
+                return {"": (agree(vectors, teacher, target), details)}
+        return {}
+
+    def _classify(self, task: ClassificationTask) -> list[float]:
+        texts, found = self.lookup(task.texts, "plain"), []
+        for numbers in draw_experiments(task):
+            fitted = self.lookup([task.fitted_texts[number] for number in numbers], "plain")
+            found.append(classify(fitted, [task.fitted_labels[number] for number in numbers], texts, task.labels))
+        return [float(value) for value in np.mean(found, axis=0)]
+
+    def _search(self, task: RetrievalTask) -> Mapping[str, _Scored]:
+        queries, documents = self.lookup(task.queries, "query"), self.lookup(task.documents, "document")
+        sides = {"": (documents, queries)}
+        reference = None
+        if self.teacher:
+            theirs = self.teacher(task.documents, "document"), self.teacher(task.queries, "query")
+            reference = search_exactly(*theirs, NEIGHBOURS)
+            if self.teacher_space and self.asymmetric:
+                mapped = [self.teacher_space(vectors) for vectors in theirs]
+                sides |= {QUERIES: (mapped[0], queries), DOCUMENTS: (documents, mapped[1])}
+        found: dict[str, _Scored] = {}
+        for part, (searched, asked) in sides.items():
+            ranking, costs = search_index(searched, asked, RETRIEVED, self.index)
+            items = score_rankings(ranking, task.relevance, NEIGHBOURS)
+            if reference is not None:
+                items[f"overlap@{NEIGHBOURS}"] = neighbour_overlap(ranking[:, :NEIGHBOURS], reference)
+            nearest = cosines(asked, searched[ranking[:, 0]])
+            found[part] = items, {"index": asdict(costs), "nearest": nearest}
+        return found
+
+
+def _encode_once(tasks: Sequence[Task], encode: Encoder) -> Encoder:
+    """Encode the distinct texts of all tasks, and return what looks their vectors up."""
+    rows: dict[Kind, dict[str, int]] = {}
+    for task in tasks:
+        for kind, some in list_texts(task).items():
+            of_kind = rows.setdefault(kind, {})
+            for text in some:
+                of_kind.setdefault(text, len(of_kind))
+    vectors = {kind: encode(list(of_kind), kind) for kind, of_kind in rows.items()}
+    return lambda texts, kind: vectors[kind][[rows[kind][text] for text in texts]]
+
+
+def save_results(results: Sequence[Result], folder: Path) -> None:
+    """Write `<folder>/<task>/<role>.json`, all of them or none."""
+    with written_aside(folder) as part:
+        for result in results:
+            write_json(part / result.task / f"{result.role.replace('/', '--')}.json", asdict(result))
 
 
 def load_results(folder: Path) -> list[Result]:
     """Read every result below a folder."""
     return [Result(**read_json(path)) for path in sorted(folder.glob("*/*.json"))]
-
-
-def _agreement(
-    vectors: Embeddings, teacher: Embeddings, teacher_space: Callable[[Embeddings], Embeddings] | None
-) -> dict[str, list[Any]]:
-    neighbours, reference = (_nearest(matrix, min(NEIGHBOURS, len(matrix) - 1)) for matrix in (vectors, teacher))
-    items = {f"overlap@{NEIGHBOURS}": neighbour_overlap(neighbours, reference)}
-    if teacher_space:
-        items = {"cosine": cosines(vectors, teacher_space(teacher)), **items}
-    return items
-
-
-def _nearest(vectors: Embeddings, k: int) -> Ranking:
-    """Return each row's k nearest others."""
-    found = search_exactly(vectors, vectors, k + 1)
-    return np.array([[other for other in row if other != number][:k] for number, row in enumerate(found)], np.int64)

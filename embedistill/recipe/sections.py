@@ -195,13 +195,17 @@ class StudentSection(ShapeSection):
 class EvaluationSection(Section):
     """What teacher and student are compared on."""
 
-    tasks: list[Annotated[str, Field(pattern=r"^\w[\w.-]*$")]] = Field(
+    tasks: list[Annotated[str, Field(pattern=r"^(\w[\w.-]*|.+\.jsonl(\.gz)?)$")]] = Field(
         [AGREEMENT, KNOWN_ITEM],
         min_length=1,
         description=f"{AGREEMENT} (with the teacher, on held-out texts), {KNOWN_ITEM} (FAISS retrieval of held-out "
-        "records by their query), or names of STS and retrieval sets: STSBenchmark, STS12, SICK-R, SciFact, ...",
+        "records by their query), names of sets: STSBenchmark, STS12, SICK-R, SciFact, ..., or .jsonl files.",
     )
-    data: str | None = Field(None, description="Folder with sts/NAME.jsonl and retrieval/NAME/; default: the Hub.")
+    data: str | None = Field(
+        None,
+        description="Folder with sts/NAME.jsonl, retrieval/NAME/, classification/, clustering/ and pairs/; default: "
+        "the Hub, for STS sets.",
+    )
     missing: Literal["error", "skip"] = Field(
         "error", description="A task whose data cannot be had: error, or skip and say so."
     )
@@ -210,6 +214,11 @@ class EvaluationSection(Section):
         None,
         description="PASS when retention is surely above 1 - margin, FAIL when below; default: no verdict.",
     )
+    segment_margin: Share | None = Field(
+        None, description="FAIL as well where a part of a task surely loses more; default: twice the margin."
+    )
+    index: Literal["flat", "hnsw", "ivfpq"] = Field("flat", description="FAISS index that retrieval is measured with.")
+    misspelt: bool = Field(False, description="Score teacher and student also on the tasks with typing errors.")
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
 
 

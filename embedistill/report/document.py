@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from embedistill.errors import UsageError
-from embedistill.evaluation.comparison import Comparison, Retention, Verdict
+from embedistill.evaluation.comparison import Comparison, Difference, Retention, Verdict
 from embedistill.evaluation.costs import ModelFacts
+from embedistill.evaluation.segments import Segment
 from embedistill.files import read_json, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)
 REPORT = "report.json"
 
 
@@ -31,6 +33,12 @@ class Report:
         skipped: Tasks that were asked for and could not be had.
         judged: Roles that the verdict is on.
         planned: What was planned of the student beside what was measured: what, planned, measured.
+        differences: Every two models on every task, tested.
+        segments: Retention on parts of the tasks, the least first.
+        segment_margin: What a segment may lose: one that surely loses more is a FAIL.
+        contamination: How many of a task's texts were trained on, of tasks with any.
+        disagreements: The items on which teacher and student differ most, with their texts.
+        details: By task and role: costs of an index, distribution of similarities.
     """
 
     name: str
@@ -43,6 +51,12 @@ class Report:
     skipped: Sequence[str] = ()
     judged: Sequence[str] = ("student",)
     planned: Sequence[dict[str, Any]] = ()
+    differences: Sequence[Difference] = ()
+    segments: Sequence[Segment] = ()
+    segment_margin: float | None = None
+    contamination: dict[str, int] = field(default_factory=dict)
+    disagreements: Sequence[dict[str, Any]] = ()
+    details: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def retention(self, task: str, metric: str | None = None, role: str = "student") -> Retention:
@@ -58,9 +72,14 @@ class Report:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The worst verdict on the judged: FAIL before UNDECIDED before PASS; None without a margin."""
+        """The worst verdict on the judged: FAIL before UNDECIDED before PASS; None without a margin.
+
+        A segment that surely loses too much is a FAIL, whatever the mean; one of which that is not sure does not count.
+        """
         kept = [row.retention[role] for row in self.comparisons for role in self.judged if role in row.retention]
         verdicts = {retention.verdict for retention in kept}
+        if any(segment.retention.verdict == "FAIL" for segment in self.segments):
+            return "FAIL"
         worst: tuple[Verdict, ...] = ("FAIL", "UNDECIDED", "PASS")
         return next((verdict for verdict in worst if verdict in verdicts), None)
 
@@ -71,10 +90,10 @@ def save_report(report: Report, folder: Path) -> None:
 
 
 def load_report(folder: Path) -> Report:
-    """Read the report of a run.
+    """Read the report of a run, also one of an earlier version.
 
     Raises:
-        UsageError: There is none, or it is of another version.
+        UsageError: There is none, or it is of a later version.
     """
     path = folder / REPORT
     if not path.is_file():
@@ -82,10 +101,21 @@ def load_report(folder: Path) -> Report:
             str(folder), f"no {REPORT}", "the folder of a finished run", "embedistill run RECIPE makes one"
         )
     content: dict[str, Any] = read_json(path)
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise UsageError(str(path), f"schema_version {content.get('schema_version')}", str(SCHEMA_VERSION))
+    if content.get("schema_version") not in _READABLE:
+        found, expected = f"schema_version {content.get('schema_version')}", f"one of {', '.join(map(str, _READABLE))}"
+        raise UsageError(str(path), found, expected, "install the version of embedistill that wrote it, or a later one")
     comparisons = [
         Comparison(**{**row, "retention": {role: Retention(**kept) for role, kept in row["retention"].items()}})
         for row in content["comparisons"]
     ]
-    return Report(**{**content, "models": [ModelFacts(**row) for row in content["models"]], "comparisons": comparisons})
+    segments = [Segment(**{**row, "retention": Retention(**row["retention"])}) for row in content.get("segments", [])]
+    return Report(
+        **{
+            **content,
+            "models": [ModelFacts(**row) for row in content["models"]],
+            "comparisons": comparisons,
+            "differences": [Difference(**row) for row in content.get("differences", [])],
+            "segments": segments,
+            "schema_version": SCHEMA_VERSION,
+        }
+    )

@@ -3,122 +3,125 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from rich.markup import escape
 from rich.table import Table
 
-from embedistill.evaluation.comparison import Comparison, Retention
-from embedistill.evaluation.costs import ModelFacts
+from embedistill.evaluation.comparison import Comparison
+from embedistill.evaluation.scoring import DOCUMENTS, QUERIES
 from embedistill.files import read_json, write_text
 from embedistill.report.document import Report
+from embedistill.report.sections import Surroundings, list_sections
+from embedistill.report.wording import (
+    Roles,
+    explain_needed,
+    explain_segments,
+    find_main,
+    format_interval,
+    format_percent,
+    format_retention,
+    list_facts,
+    list_planned,
+    list_roles,
+)
+
+__all__ = ["format_retention", "list_facts", "list_planned", "to_table", "write_page"]
 
 
 def to_table(report: Report) -> Table:
-    """Return the report as one table: a column a model, a row a figure."""
-    roles = [model.role for model in report.models]
+    """Return the report as one table: a row a figure, a column a model, and one of what each judged model keeps.
+
+    Of models that are not judged a row says what they keep; of the judged ones it has their queries or documents alone
+    beneath, where they were searched with those of the teacher.
+    """
+    roles = list_roles(report)
     table = Table(title=escape(report.name), title_justify="left", caption_justify="left")
-    table.add_column("")
-    for role in roles:
-        table.add_column(escape(role), justify="right")
-    keeps = [role for role in roles if any(role in row.retention for row in report.comparisons)]
-    for role in keeps:
-        table.add_column(escape(f"{role} keeps [95 %]" if len(keeps) > 1 else "keeps [95 %]"), justify="right")
-    for label, values in list_facts(report.models):
-        table.add_row(label, *values, *[""] * len(keeps))
-    table.add_section()
-    for row in report.comparisons:
-        values = [f"{row.values[role]:.4f}" if role in row.values else "" for role in roles]
-        kept = [format_retention(row.retention.get(role)) for role in keeps]
-        table.add_row(f"{row.task} {row.metric}", *values, *(escape(text) for text in kept))
-    captions = [f"left out, no data: {', '.join(report.skipped)}"] if report.skipped else []
-    table.caption = "\n".join([*captions, *list_planned(report)]) or None
+    table.add_column("", no_wrap=True)
+    for role in roles.models:
+        table.add_column(escape(roles.names[role]), justify="right", overflow="fold")
+        if role in roles.judged:
+            table.add_column("keeps [95 %]", justify="right", no_wrap=True)
+    for cells in [*_list_costs(report, roles), None, *_list_metrics(report, roles)]:
+        if cells is None:
+            table.add_section()
+        else:
+            table.add_row(*map(escape, cells))
+    table.caption = "\n".join(escape(line) for line in _list_captions(report)) or None
     return table
 
 
-def list_planned(report: Report) -> list[str]:
-    """Return a line for each figure that was planned: the plan, what was measured, and by how much that is off."""
-    return [
-        f"{row['what']}: planned {row['planned']:.3g}, measured {row['measured']:.3g} "
-        f"({row['measured'] / row['planned'] - 1:+.0%})"
-        for row in report.planned
-    ]
+def _list_costs(report: Report, roles: Roles) -> Iterator[list[str]]:
+    for label, values in list_facts(report.models):
+        by_role = dict(zip((model.role for model in report.models), values, strict=True))
+        cells = [label]
+        for role in roles.models:
+            cells += [by_role.get(role, ""), *([""] if role in roles.judged else [])]
+        yield cells
 
 
-def list_facts(models: Sequence[ModelFacts]) -> Iterator[tuple[str, list[str]]]:
-    """Yield what the models cost: a label and a value a model."""
-    yield "parameters", [f"{model.parameters / 1e6:.1f} M" for model in models]
-    yield "layers", ["" if model.layers is None else str(model.layers) for model in models]
-    yield "dimension", [str(model.embedding_size) for model in models]
-    yield "MB on disk", [f"{model.megabytes:.0f}" for model in models]
-    if any(model.texts_per_second for model in models):
-        yield "texts/s", [f"{model.texts_per_second:.0f}" if model.texts_per_second else "" for model in models]
+def _list_metrics(report: Report, roles: Roles) -> Iterator[list[str]]:
+    for row in find_main(report.comparisons):
+        yield [f"{row.task} {row.metric}", *_list_cells(row, roles)]
+        for part in (QUERIES, DOCUMENTS):
+            cells = _list_mixed(row, roles, part)
+            if any(cells):
+                yield [f"  with its {part} alone", *cells]
 
 
-def format_retention(retention: Retention | None) -> str:
-    """Return retention in per cent, such as 96.7 % [95.5, 97.9] PASS."""
-    if retention is None:
-        return ""
-    verdict = f" {retention.verdict}" if retention.verdict else ""
-    return f"{100 * retention.value:.1f} % [{100 * retention.low:.1f}, {100 * retention.high:.1f}]{verdict}"
+def _list_cells(row: Comparison, roles: Roles) -> list[str]:
+    cells = []
+    for role in roles.models:
+        value = f"{row.values[role]:.4f}" if role in row.values else ""
+        kept = row.retention.get(role)
+        if role in roles.judged:
+            cells += [value, format_retention(kept)]
+        else:
+            cells.append(format_percent(kept.value) if kept else value)
+    return cells
+
+
+def _list_mixed(row: Comparison, roles: Roles, part: str) -> list[str]:
+    """Return the cells of the judged models whose queries or documents alone were their own."""
+    by_model = {base: role for role, (base, other) in roles.mixed.items() if other == part and role in row.values}
+    cells = []
+    for model in roles.models:
+        if model in roles.judged:
+            role = by_model.get(model, "")
+            kept = row.retention.get(role)
+            cells += [f"{row.values[role]:.4f}" if role else "", format_interval(kept) if kept else ""]
+        else:
+            cells.append("")
+    return cells
+
+
+def _list_captions(report: Report) -> Iterator[str]:
+    if report.skipped:
+        yield f"left out, no data: {', '.join(report.skipped)}"
+    yield from list_planned(report)
+    yield from explain_needed(report)
+    yield from explain_segments(report)
+    if report.contamination:
+        counts = ", ".join(f"{task} {count:,}" for task, count in report.contamination.items())
+        yield f"texts of tasks that were trained on: {counts}"
 
 
 def write_page(report: Report, folder: Path) -> Path:
     """Write report.html from the report and from what else the run's folder holds, and return its path."""
-    log, run = folder / "training_log.jsonl", folder / "run.json"
-    recipe = folder / "recipe.yaml"
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("embedistill.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    ).get_template("page.html")
-    page = template.render(
-        report=report,
-        facts=list(list_facts(report.models)),
-        bars=_draw_bars(report.comparisons),
-        format_retention=format_retention,
-        planned=list_planned(report),
-        curves=_draw_curves([json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []),
+    log, run, recipe = folder / "training_log.jsonl", folder / "run.json", folder / "recipe.yaml"
+    around = Surroundings(
+        log=[json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else [],
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        run=read_json(run) if run.is_file() else {},
+        record=read_json(run) if run.is_file() else {},
     )
-    write_text(folder / "report.html", page)
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("embedistill.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    ).get_template("page.html")
+    page = template.render(name=report.name, sections=list_sections(report, around))
+    write_text(folder / "report.html", page.lstrip())
     return folder / "report.html"
-
-
-def _draw_bars(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """Place the student's intervals on a scale from the lowest of them, in whole tenths, to 105 %."""
-    rows = [(row, row.retention["student"]) for row in comparisons if "student" in row.retention]
-    floor = min([0.9, *(int(kept.low * 10) / 10 for _, kept in rows)])
-
-    def place(value: float) -> float:
-        return round(100 * (min(value, 1.05) - floor) / (1.05 - floor), 2)
-
-    return [
-        {
-            "label": f"{row.task} {row.metric}",
-            "text": format_retention(kept),
-            "low": place(kept.low),
-            "value": place(kept.value),
-            "high": place(kept.high),
-            "one": place(1.0),
-        }
-        for row, kept in rows
-    ]
-
-
-def _draw_curves(log: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Return each term of the loss as the points of a line in a box of 100 x 40."""
-    steps = [entry for entry in log if "loss" in entry]
-    if len(steps) < 2:
-        return []
-    terms = [name for name in steps[0] if name not in {"epoch", "step", "learning_rate", "grad_norm"}]
-    last = steps[-1]["step"]
-    curves = []
-    for term in terms:
-        values = [entry[term] for entry in steps]
-        top = max(values) or 1.0
-        points = " ".join(f"{100 * e['step'] / last:.2f},{40 - 38 * e[term] / top:.2f}" for e in steps)
-        curves.append({"term": term, "points": points, "first": values[0], "last": values[-1]})
-    return curves

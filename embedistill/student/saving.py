@@ -13,6 +13,7 @@ from embedistill.files import read_json, write_json
 from embedistill.student.head import Matrix
 
 PROJECTION = "teacher_projection.npy"
+SPACE = "embedistill.json"
 
 
 def save_student(student: SentenceTransformer, folder: Path, projection: Matrix | None, space: dict[str, Any]) -> None:
@@ -22,10 +23,10 @@ def save_student(student: SentenceTransformer, folder: Path, projection: Matrix 
         student: The model.
         folder: An existing folder.
         projection: The PCA that the student's space is, shape (teacher dim, dim); None: the teacher's own space.
-        space: What the student's space is, for `embedistill.json`.
+        space: What the student's space is, for embedistill.json.
     """
     student.save(str(folder), create_model_card=False)
-    write_json(folder / "embedistill.json", {**space, "projection": PROJECTION if projection is not None else None})
+    write_json(folder / SPACE, {**space, "projection": PROJECTION if projection is not None else None})
     if projection is not None:
         np.save(folder / PROJECTION, projection, allow_pickle=False)
     found = count_layers(student)

@@ -1,0 +1,196 @@
+"""All models on all tasks: who is compared, how they did, where they differ, and what of it was trained on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from embedistill.errors import UsageError
+from embedistill.evaluation.comparison import MAIN
+from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed, measure_start
+from embedistill.evaluation.metrics import Values
+from embedistill.evaluation.retrieval import Embeddings, IndexKind
+from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
+from embedistill.evaluation.segments import MISSPELT, misspell
+from embedistill.evaluation.tasks import AgreementTask, Task, list_items, list_texts
+from embedistill.student.head import Matrix, solve_ridge
+from embedistill.teacher import Kind, encode, encode_with_progress
+
+STUDENT, UNTRAINED = "student", "untrained"
+WORDS, PCA = "word vectors", "teacher's PCA"
+_RIDGE = 1e-2
+_SPEED_TEXTS = 64
+_SHOWN, _OF_A_TASK = 10, 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to compare.
+
+    Attributes:
+        role: teacher, student, untrained, or a baseline's name.
+        name: Its id or path.
+        encode: It.
+        space: Maps the teacher's vectors into its space, where it has a place there.
+        model: What is measured; None for a floor that is no model of its own.
+        folder: Where that is on disk.
+    """
+
+    role: str
+    name: str
+    encode: Encoder
+    space: Callable[[Embeddings], Embeddings] | None = None
+    model: SentenceTransformer | None = None
+    folder: Path | None = None
+
+
+def make_candidate(
+    role: str,
+    name: str,
+    model: SentenceTransformer,
+    folder: Path,
+    space: Callable[[Embeddings], Embeddings] | None = None,
+) -> Candidate:
+    """Return a model that encodes by itself."""
+    return Candidate(role, name, partial(encode_with_progress, model, role), space, model, folder)
+
+
+def make_word_floor(
+    embed: Callable[[Sequence[str]], Embeddings],
+    texts: Sequence[str],
+    vectors: Matrix,
+    space: Callable[[Embeddings], Embeddings],
+) -> Candidate:
+    """Return the mean of word vectors with a solved head: what a student has to be better than.
+
+    Args:
+        embed: The mean of a text's word vectors.
+        texts: What the head is solved on.
+        vectors: The teacher's of them.
+        space: The student's, which it maps into.
+    """
+    head = solve_ridge(embed(texts), space(vectors), _RIDGE)
+
+    def words(some: Sequence[str], kind: Kind) -> Embeddings:
+        mapped = embed(some) @ head
+        unit: Embeddings = mapped / np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return unit
+
+    return Candidate(WORDS, WORDS, words, space)
+
+
+def make_pca_floor(teacher: Encoder, space: Callable[[Embeddings], Embeddings]) -> Candidate:
+    """Return the teacher at the student's dimension: the best that a student can do there."""
+    return Candidate(PCA, PCA, lambda texts, kind: space(teacher(texts, kind)), space)
+
+
+def score_all(
+    tasks: Sequence[Task],
+    candidates: Sequence[Candidate],
+    *,
+    teacher: Encoder | None,
+    index: IndexKind,
+    misspelt: bool,
+    seed: int,
+    versions: dict[str, str],
+) -> list[Result]:
+    """Score every candidate on every task; with `misspelt` teacher and student on the tasks with typing errors too."""
+    repeated = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    if repeated:
+        raise UsageError("tasks", f"{', '.join(repeated)} more than once", "a name each", "rename the file")
+    spoilt = [replace(misspell(task, seed), name=MISSPELT + task.name) for task in tasks if misspelt]
+    spoilt = [task for task in spoilt if not isinstance(task, AgreementTask)]
+    results = []
+    for one in candidates:
+        some = [*tasks, *(spoilt if one.role in {TEACHER, STUDENT} else [])]
+        results += score_model(
+            some,
+            one.encode,
+            role=one.role,
+            model=one.name,
+            teacher=teacher,
+            teacher_space=one.space,
+            asymmetric=one.role == STUDENT,
+            index=index,
+            versions=versions,
+        )
+    return results
+
+
+def measure_candidates(candidates: Sequence[Candidate], texts: Sequence[str]) -> list[ModelFacts]:
+    """Return what the candidates cost, measured in turns on the same texts."""
+    models = {one.role: (one, one.model, one.folder) for one in candidates if one.model and one.folder}
+    speeds = measure_speed({role: partial(encode, model) for role, (_, model, _) in models.items()}, texts)
+    return [
+        describe_model(role, one.name, model, folder, speed=speeds[role], start=measure_start(folder, texts))
+        for role, (one, model, folder) in models.items()
+    ]
+
+
+def choose_texts(tasks: Sequence[Task]) -> list[str]:
+    """Return some of the texts of tasks to measure speed on, the same every time."""
+    texts = sorted({text for task in tasks for some in list_texts(task).values() for text in some})
+    order = np.random.default_rng(0).permutation(len(texts))
+    return [texts[number] for number in order[:_SPEED_TEXTS]]
+
+
+def find_contamination(tasks: Sequence[Task], trained: Iterable[str]) -> dict[str, int]:
+    """Return for each task how many of its distinct texts were trained on, but for case and space; those with any."""
+    seen = {_normalise(text) for text in trained}
+    counts = {
+        task.name: len({_normalise(text) for some in list_texts(task).values() for text in some} & seen)
+        for task in tasks
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def find_disagreements(tasks: Sequence[Task], results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return the items on which teacher and student differ most, three of a task at most: task, texts and values.
+
+    Of pairs the values are the ranks of their cosines, as shares; else the metric of the item.
+    """
+    found: list[dict[str, Any]] = []
+    for task in tasks:
+        peers = {result.role: result for result in results if result.task == task.name}
+        if not {TEACHER, STUDENT} <= peers.keys():
+            continue
+        metric, teacher = _item_values(peers[TEACHER])
+        _, student = _item_values(peers[STUDENT])
+        texts = list_items(task)
+        for row in np.argsort(-np.abs(student - teacher), kind="stable")[:_OF_A_TASK]:
+            values = {"teacher": round(float(teacher[row]), 4), "student": round(float(student[row]), 4)}
+            found.append({"task": task.name, "value": metric, "texts": list(texts[row]), **values})
+    found.sort(key=lambda item: -abs(item["student"] - item["teacher"]))
+    return found[:_SHOWN]
+
+
+def _item_values(result: Result) -> tuple[str, Values]:
+    if "cluster" in result.items:
+        return "cluster", np.zeros(len(result.items["cluster"]))  # clusters have no names to compare
+    if "cosine" in result.items and len(result.items) == 2:
+        order = np.argsort(np.argsort(result.items["cosine"], kind="stable"), kind="stable")
+        return "rank of the cosine", order / max(1, len(order) - 1)
+    metric = next((name for name in result.metrics if name in MAIN), next(iter(result.metrics)))
+    return metric, np.asarray(result.items[metric], np.float64)
+
+
+def _normalise(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().casefold()
+
+
+def describe_details(results: Sequence[Result]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the details of results by task and role, those of single items left out."""
+    details: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for result in results:
+        kept = {name: value for name, value in result.details.items() if name != "nearest"}
+        if kept:
+            details.setdefault(result.task, {})[result.role] = kept
+    return details
