@@ -297,7 +297,7 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def list_attributes(self, tag: str, name: str) -> list[str]:
         return [value for found, attributes in self.found if found == tag and (value := attributes.get(name))]
@@ -398,7 +398,7 @@ def test_the_table_fits_a_terminal() -> None:
     assert "texts of tasks that were trained on: STS12 14, Banking77 3" in text
 
 
-def test_every_judged_model_has_what_it_keeps() -> None:
+def test_every_judged_model_has_what_it_keeps(tmp_path: Path) -> None:
     kept = {"runs/a": Retention(0.98, 0.975, 0.985, "PASS"), "runs/b": Retention(0.9, 0.89, 0.91, "FAIL")}
     row = Comparison("STS16", "spearman_cosine", 9, {"teacher": 0.8, "runs/a": 0.784, "runs/b": 0.72}, kept)
     report = Report("a and b", [], [row], 0.03, judged=["runs/a", "runs/b"])
@@ -409,6 +409,18 @@ def test_every_judged_model_has_what_it_keeps() -> None:
         "Surely more than 97 % is kept on 1 of 2 metrics that are judged.",
         "Surely less than 97 % is kept on b, STS16 spearman_cosine, 90.0 % [89.0, 91.0].",
     ]
+    page = render(report, tmp_path)
+    assert page.list_attributes("figure", "id") == ["figure-retention"]
+    assert "b: The mean over 1 metric is 90.0 % of the teacher." in page.text
+
+
+def test_a_model_without_a_teacher_has_its_values(tmp_path: Path) -> None:
+    models = [ModelFacts(role, role, 9, 2, 8, 1.0, 2.0) for role in ("student", "another")]
+    report = Report("alone", models, [Comparison("TIME", "ndcg@10", 9, {"student": 0.5123, "another": 0.4}, {})], 0.03)
+    assert re.search(r"TIME ndcg@10 +│ +0.5123 │ +│ +0.4000 │", print_table(report))
+    page = render(report, tmp_path)
+    assert page.list_attributes("h2", "id") == ["retention", "models"]
+    assert "0.5123" in page.text
 
 
 @pytest.fixture(scope="module")

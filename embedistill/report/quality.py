@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from embedistill.evaluation.comparison import Comparison, Difference, Retention
 from embedistill.evaluation.costs import ModelFacts
@@ -22,7 +22,7 @@ from embedistill.report.wording import (
     name_segment,
 )
 
-_OPEN_SEGMENTS = 20
+_OPEN_ROWS = 20
 _TRAINED_ON = "† Some of the texts were trained on."
 
 
@@ -125,7 +125,16 @@ def _list_retention(report: Report, rows: Sequence[Comparison], roles: Roles) ->
         for role in roles.judged
         if role in row.retention
     ]
-    return Grid("What is kept, with its 95 % interval", columns, cells)
+    return _make_grid("What is kept, with its 95 % interval", columns, cells, prose=(0, 1) if several else (0,))
+
+
+def _make_grid(
+    caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], prose: Collection[int] = (0,)
+) -> Grid:
+    """Return a table without the columns that are empty, as that of verdicts is where there is no margin."""
+    filled = [number for number in range(len(columns)) if any(row[number] for row in rows)]
+    kept = [[row[number] for number in filled] for row in rows]
+    return Grid(caption, [columns[number] for number in filled], kept, prose, open_rows=_OPEN_ROWS)
 
 
 def _list_values(report: Report, rows: Sequence[Comparison], roles: Roles) -> tuple[list[str], list[list[str]]]:
@@ -225,8 +234,8 @@ def tell_segments(report: Report, roles: Roles, looks: Mapping[str, Look]) -> It
         [name_segment(one), format_interval(one.retention), one.retention.verdict or "", f"{one.n_items:,}"]
         for one in worst
     ]
-    grid = Grid("What is kept on segments, the least first", columns, cells, open_rows=_OPEN_SEGMENTS)
-    yield Beside([_draw_segments(worst[:_OPEN_SEGMENTS], report.segment_margin, roles.judged[0], looks), grid])
+    grid = _make_grid("What is kept on segments, the least first", columns, cells)
+    yield Beside([_draw_segments(worst[:_OPEN_ROWS], report.segment_margin, roles.judged[0], looks), grid])
     columns = ["segment", "metric", "items", "teacher", "student"]
     cells = [_list_segment(one) for one in worst]
     grid = Grid("Values on segments", columns, cells, prose=(0, 1), open_rows=len(cells))

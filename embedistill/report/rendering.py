@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,12 +117,18 @@ def write_page(report: Report, folder: Path) -> Path:
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         record=read_json(run) if run.is_file() else {},
     )
-    template = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("embedistill.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-    ).get_template("page.html")
-    page = template.render(name=report.name, sections=list_sections(report, around))
+    )
+    environment.filters["tie"] = _tie
+    page = environment.get_template("page.html").render(name=report.name, sections=list_sections(report, around))
     write_text(folder / "report.html", page.lstrip())
     return folder / "report.html"
+
+
+def _tie(text: str) -> str:
+    """Keep a number and its per cent sign, and the two ends of an interval, on one line."""
+    return re.sub(r" (?=%)|(?<=\d,) (?=[-+\d.]+\])", "\N{NO-BREAK SPACE}", text)
