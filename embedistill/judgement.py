@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from embedistill.corpus.records import load_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
-from embedistill.encoding.local import LocalEncoder
+from embedistill.encoding.local import LocalEncoder, encode_here
 from embedistill.errors import UsageError
 from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark, write_submission
 from embedistill.evaluation.comparison import compare_results
@@ -51,7 +52,6 @@ from embedistill.teacher import (
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
-    encode_with_progress,
     load,
     locate,
 )
@@ -112,7 +112,7 @@ def evaluate(
     for role, name in {STUDENT: str(run / "model" if run else model), **{name: name for name in baselines}}.items():
         located = locate(name, models_dir=cache / "models")
         space = _find_space(located.path, local.located if local else None) if role == STUDENT else None
-        candidates.append(make_candidate(role, name, load(located), located.path, space))
+        candidates.append(make_candidate(role, located, space))
     results = score_all(
         loaded,
         candidates,
@@ -168,14 +168,14 @@ def benchmark(
     if not names:
         raise UsageError("tasks", "none, and no folder with data", "names of mteb's tasks, or --data DIR")
     located = locate(str(model), models_dir=Path(cache_dir or default_cache_dir()) / "models")
-    loaded, name = load(located), located.path.name if Path(model).is_dir() else str(model)
+    encoder, name = LocalEncoder(located, torch.float32), located.path.name if Path(model).is_dir() else str(model)
     revision = fingerprint([located.weights_sha256, located.settings_sha256])[:16]
     scores = run_benchmark(
         names,
-        partial(encode_with_progress, loaded, name),
+        partial(encode_here, encoder, name),
         model_name=name,
         revision=revision,
-        embedding_size=loaded.get_embedding_dimension() or 0,
+        embedding_size=encoder.model.get_embedding_dimension() or 0,
         results_dir=Path(out),
         folder=folder,
     )

@@ -477,15 +477,14 @@ class _Line:
         space = partial(project, projection=load_projection(self.folder / "model"))
         candidates = [Candidate(TEACHER, name, self.teacher.vectors, lambda same: same, teacher, self.located.path)]
         for role, part in ((STUDENT, "model"), (UNTRAINED, "untrained")):
-            folder = self.folder / part
-            candidates.append(make_candidate(role, str(folder), self._load(part), folder, space))
+            candidates.append(make_candidate(role, self._locate(str(self.folder / part)), space))
         if hasattr(teacher[0], "model"):
             texts, vectors = self._sample(teacher)
             embed = partial(embed_cheaply, teacher)
             candidates.append(make_word_floor(embed, texts[:_FIT_TEXTS], vectors[:_FIT_TEXTS], space))
         if load_projection(self.folder / "model") is not None:
             candidates.append(make_pca_floor(self.teacher.vectors, space))
-        return candidates + [make_candidate(name, name, load(at), at.path) for name, at in self.baselines.items()]
+        return candidates + [make_candidate(name, located) for name, located in self.baselines.items()]
 
     def report(self) -> None:
         section, facts = self.recipe.evaluation, self.stages.facts("evaluation")

@@ -27,7 +27,7 @@ from sentence_transformers.sentence_transformer.modules import (
 
 from embedistill.cache.shards import Encoded, Storage, Vectors
 from embedistill.encoding.packed import PackedBody, can_pack, count_flops
-from embedistill.progress import note
+from embedistill.progress import note, progress_bar
 from embedistill.teacher import Kind, LocatedModel, encode, find_prompt, load
 
 Batch = tuple[Sequence[int], Vectors, int]
@@ -312,3 +312,11 @@ def one_thread_a_batch() -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)  # setting a thread's number sets the default of threads to come
+
+
+def encode_here(encoder: LocalEncoder, label: str, texts: Sequence[str], kind: Kind = "plain") -> Vectors:
+    """Return the unit vectors of texts, shape (n_texts, dim), with a progress bar: as `run`, of any number of texts."""
+    windows = [texts[start : start + encoder.window] for start in range(0, len(texts), encoder.window)]
+    with progress_bar(f"{label} encodes", len(texts), "texts") as advance:
+        found = [encoder.run(encoder.prepare(window, kind), advance)[0].vectors for window in windows]
+    return np.concatenate([np.empty((0, encoder.model.get_embedding_dimension() or 0), np.float32), *found])

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill.encoding.local import LocalEncoder, encode_here
 from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import MAIN
 from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed, measure_start
@@ -22,7 +24,7 @@ from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
 from embedistill.evaluation.tasks import AgreementTask, Task, list_items, list_texts
 from embedistill.student.head import Matrix, solve_ridge
-from embedistill.teacher import Kind, encode, encode_with_progress
+from embedistill.teacher import Kind, LocatedModel, encode
 
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
@@ -53,14 +55,12 @@ class Candidate:
 
 
 def make_candidate(
-    role: str,
-    name: str,
-    model: SentenceTransformer,
-    folder: Path,
-    space: Callable[[Embeddings], Embeddings] | None = None,
+    role: str, located: LocatedModel, space: Callable[[Embeddings], Embeddings] | None = None
 ) -> Candidate:
-    """Return a model that encodes by itself."""
-    return Candidate(role, name, partial(encode_with_progress, model, role), space, model, folder)
+    """Return a model that encodes by itself, in fp32 and without padding where it can."""
+    encoder = LocalEncoder(located, torch.float32)
+    encode_all = partial(encode_here, encoder, role)
+    return Candidate(role, located.name, encode_all, space, encoder.model, located.path)
 
 
 def make_word_floor(
