@@ -20,11 +20,19 @@ from embedistill.progress import progress_bar
 
 _SINGLE = 32  # texts that are encoded one at a time
 _START = """
-import json, sys, time
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
+import json, re, sys, time
+from pathlib import Path
+
+def find_peak():
+    status = Path("/proc/self/status")  # getrusage counts what the process was before it became this one
+    if status.is_file():
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1]) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
 from sentence_transformers import SentenceTransformer
 imported = time.perf_counter()
 model = SentenceTransformer(sys.argv[1], device="cpu", local_files_only=True)
@@ -32,9 +40,7 @@ texts = json.load(sys.stdin)
 model.encode(texts[:1])
 first = time.perf_counter()
 model.encode(texts)
-unit = 1 if sys.platform == "darwin" else 1024
-peak = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-print(json.dumps({"cold_start_seconds": first - imported, "peak_megabytes": peak}))
+print(json.dumps({"cold_start_seconds": first - imported, "peak_megabytes": find_peak()}))
 """
 
 
