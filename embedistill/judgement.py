@@ -52,7 +52,6 @@ from embedistill.teacher import (
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
-    load,
     locate,
 )
 
@@ -97,7 +96,8 @@ def evaluate(
     """
     if margin is not None and teacher is None:
         raise UsageError("margin", "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
-    allowed = check_margin(margin) if teacher else None
+    allowed = check_margin("margin", margin) if teacher else None
+    check_margin("segment_margin", segment_margin)
     cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
     names = tasks or (list_tasks(folder) if folder else [])
     if not names:
@@ -126,7 +126,7 @@ def evaluate(
         save_results(results, Path(out) / "results")
     trained = load_corpus(run / "corpus.parquet")["train"] if run else []
     texts = list(dict.fromkeys(text for record in trained for text in record.texts))
-    student = load(locate(str(run / "model" if run else model), models_dir=cache / "models"))
+    (student,) = (one.model for one in candidates if one.role == STUDENT and one.model)
     report = judge(
         str(model),
         loaded,
@@ -237,12 +237,12 @@ def compare(*runs: str | Path, margin: float | None = None, out: str | Path | No
     Raises:
         UsageError: A folder is no finished run, or the runs have no task with the same items.
     """
-    allowed = check_margin(margin)
+    allowed = check_margin("margin", margin)
     folders = [Path(run) for run in runs]
     reports = [load_report(folder) for folder in folders]
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
     names = _distinct_names(folders)
-    teachers = {task: found for (task, role), found in results[0].items() if role == TEACHER}
+    teachers = {task: found for (task, role), found in results[0].items() if role == TEACHER and MISSPELT not in task}
     shared = [
         task
         for task, teacher in teachers.items()
@@ -264,10 +264,10 @@ def compare(*runs: str | Path, margin: float | None = None, out: str | Path | No
     return report
 
 
-def check_margin(margin: float | None) -> float:
+def check_margin(name: str, margin: float | None) -> float:
     """Return the margin, or the default; a UsageError where it is no share."""
     if margin is not None and not 0 < margin < 1:
-        raise UsageError("margin", str(margin), "a share between 0 and 1, such as 0.03")
+        raise UsageError(name, str(margin), "a share between 0 and 1, such as 0.03")
     return MARGIN if margin is None else margin
 
 

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from embedistill.corpus.records import Record
+from embedistill.corpus.records import Record, normalise
 from embedistill.errors import UsageError
 
 Rule = Literal["short", "damaged", "language"]
@@ -61,7 +61,7 @@ def drop_near_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[
     index = datasketch.MinHashLSH(threshold=_SIMILAR, num_perm=_PERMUTATIONS)
     kept, dropped = [], []
     for number, record in enumerate(records):
-        text = " ".join(record.text.casefold().split())
+        text = normalise(record.text)
         shingles = {text[start : start + _SHINGLE].encode() for start in range(max(1, len(text) - _SHINGLE + 1))}
         sketch = datasketch.MinHash(num_perm=_PERMUTATIONS)
         sketch.update_batch(list(shingles))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 
 from embedistill.corpus.filtering import Rule, drop_near_duplicates
-from embedistill.corpus.records import Record, Split
+from embedistill.corpus.records import Record, Split, normalise
 from embedistill.corpus.selection import By, Embed, select
 from embedistill.errors import UsageError
 
@@ -89,12 +89,12 @@ def prepare(
     funnel.not_selected = len(order) - len(selected)
     cut = max(2, round(holdout * len(selected)))
     held_out, rest = selected[:cut], selected[cut:]
-    seen = {_normal(text) for text in evaluation_texts} | {
-        _normal(text) for record in held_out for text in record.texts
+    seen = {normalise(text) for text in evaluation_texts} | {
+        normalise(text) for record in held_out for text in record.texts
     }
     train = []
     for record in rest:
-        if any(_normal(text) in seen for text in record.texts):
+        if any(normalise(text) in seen for text in record.texts):
             funnel.drop("in_evaluation", record.text)
         else:
             train.append(record)
@@ -115,7 +115,7 @@ def _sift(
         if record is None:
             funnel.bad += 1
             continue
-        rule, normal = find_rule(record), _normal(record.text)
+        rule, normal = find_rule(record), normalise(record.text)
         if rule:
             funnel.drop(rule, record.text)
         elif normal in seen:
@@ -123,7 +123,3 @@ def _sift(
         else:
             seen.add(normal)
             yield record
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())

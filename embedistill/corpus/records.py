@@ -56,3 +56,8 @@ def load_corpus(path: Path) -> dict[Split, list[Record]]:
     for row in pq.read_table(path).to_pylist():
         splits[row.pop("split")].append(Record(**row))
     return splits
+
+
+def normalise(text: str) -> str:
+    """Return a text without what two copies of it may differ in: case and space."""
+    return " ".join(text.casefold().split())

@@ -23,7 +23,7 @@ _LATENCY_QUERIES = 100
 
 @dataclass(frozen=True)
 class IndexCosts:
-    """What a FAISS index costs, by one thread as FAISS is set.
+    """What a FAISS index costs, with the threads that FAISS has by default.
 
     Attributes:
         kind: flat, hnsw or ivfpq.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill.corpus.records import normalise
 from embedistill.encoding.local import LocalEncoder, encode_here
 from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import MAIN
@@ -22,9 +22,9 @@ from embedistill.evaluation.metrics import Values
 from embedistill.evaluation.retrieval import Embeddings, IndexKind
 from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
-from embedistill.evaluation.tasks import AgreementTask, Task, list_items, list_texts
-from embedistill.student.head import Matrix, solve_ridge
-from embedistill.teacher import Kind, LocatedModel, encode
+from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, Task, list_items, list_texts
+from embedistill.student.head import Matrix, project, solve_ridge
+from embedistill.teacher import LocatedModel, encode
 
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
@@ -78,13 +78,7 @@ def make_word_floor(
         space: The student's, which it maps into.
     """
     head = solve_ridge(embed(texts), space(vectors), _RIDGE)
-
-    def words(some: Sequence[str], kind: Kind) -> Embeddings:
-        mapped = embed(some) @ head
-        unit: Embeddings = mapped / np.maximum(np.linalg.norm(mapped, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        return unit
-
-    return Candidate(WORDS, WORDS, words, space)
+    return Candidate(WORDS, WORDS, lambda some, _: project(embed(some), head), space)
 
 
 def make_pca_floor(teacher: Encoder, space: Callable[[Embeddings], Embeddings]) -> Candidate:
@@ -144,9 +138,9 @@ def choose_texts(tasks: Sequence[Task]) -> list[str]:
 
 def find_contamination(tasks: Sequence[Task], trained: Iterable[str]) -> dict[str, int]:
     """Return for each task how many of its distinct texts were trained on, but for case and space; those with any."""
-    seen = {_normalise(text) for text in trained}
+    seen = {normalise(text) for text in trained}
     counts = {
-        task.name: len({_normalise(text) for some in list_texts(task).values() for text in some} & seen)
+        task.name: len({normalise(text) for some in list_texts(task).values() for text in some} & seen)
         for task in tasks
     }
     return {name: count for name, count in counts.items() if count}
@@ -160,7 +154,7 @@ def find_disagreements(tasks: Sequence[Task], results: Sequence[Result]) -> list
     found: list[dict[str, Any]] = []
     for task in tasks:
         peers = {result.role: result for result in results if result.task == task.name}
-        if not {TEACHER, STUDENT} <= peers.keys():
+        if not {TEACHER, STUDENT} <= peers.keys() or isinstance(task, ClusteringTask):  # clusters have no names
             continue
         metric, teacher = _item_values(peers[TEACHER])
         _, student = _item_values(peers[STUDENT])
@@ -173,17 +167,11 @@ def find_disagreements(tasks: Sequence[Task], results: Sequence[Result]) -> list
 
 
 def _item_values(result: Result) -> tuple[str, Values]:
-    if "cluster" in result.items:
-        return "cluster", np.zeros(len(result.items["cluster"]))  # clusters have no names to compare
     if "cosine" in result.items and len(result.items) == 2:
         order = np.argsort(np.argsort(result.items["cosine"], kind="stable"), kind="stable")
         return "rank of the cosine", order / max(1, len(order) - 1)
     metric = next((name for name in result.metrics if name in MAIN), next(iter(result.metrics)))
     return metric, np.asarray(result.items[metric], np.float64)
-
-
-def _normalise(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().casefold()
 
 
 def describe_details(results: Sequence[Result]) -> dict[str, dict[str, Mapping[str, Any]]]:

@@ -145,7 +145,7 @@ def _tell_indexes(report: Report, roles: Roles) -> Iterator[Part]:
     ]
     if rows:
         columns = ["task", "model", "index", "s to build", "MB", "queries/s", "ms, median", "ms, 95th percentile"]
-        yield Grid("What searching costs, by one thread", columns, rows, prose=(0, 1, 2), open_rows=_OPEN_ROWS)
+        yield Grid("What searching costs", columns, rows, prose=(0, 1, 2), open_rows=_OPEN_ROWS)
 
 
 def _tell_training(log: Sequence[Mapping[str, float]]) -> Iterator[Part]:
