@@ -104,15 +104,13 @@ def evaluate(
         raise UsageError("tasks", "none, and no folder of them", "names of tasks, or --data DIR for all of a folder")
     loaded = load_tasks(names, folder, skip_missing=False)
     run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
-    candidates: list[Candidate] = []
     local = LocalEncoder(locate(teacher, models_dir=cache / "models"), choose_dtype("auto")) if teacher else None
     vectors = CachedTeacher(local, cache / "embeddings").vectors if local else None
+    student = locate(str(run / "model" if run else model), models_dir=cache / "models")
+    candidates = [make_candidate(STUDENT, student, _find_space(student.path, local.located if local else None))]
     if local and vectors:
-        candidates.append(Candidate(TEACHER, local.located.name, vectors, _same, local.model, local.located.path))
-    for role, name in {STUDENT: str(run / "model" if run else model), **{name: name for name in baselines}}.items():
-        located = locate(name, models_dir=cache / "models")
-        space = _find_space(located.path, local.located if local else None) if role == STUDENT else None
-        candidates.append(make_candidate(role, located, space))
+        candidates.insert(0, Candidate(TEACHER, local.located.name, vectors, _same, local.model, local.located.path))
+    candidates += [make_candidate(name, locate(name, models_dir=cache / "models")) for name in baselines]
     results = score_all(
         loaded,
         candidates,
@@ -126,12 +124,12 @@ def evaluate(
         save_results(results, Path(out) / "results")
     trained = load_corpus(run / "corpus.parquet")["train"] if run else []
     texts = list(dict.fromkeys(text for record in trained for text in record.texts))
-    (student,) = (one.model for one in candidates if one.role == STUDENT and one.model)
+    (compared,) = (one.model for one in candidates if one.role == STUDENT and one.model)
     report = judge(
         str(model),
         loaded,
         results,
-        measures=choose_measures(student, local and local.model, texts),
+        measures=choose_measures(compared, local and local.model, texts),
         margin=allowed,
         segment_margin=segment_margin,
         models=measure_candidates(candidates, choose_texts(loaded)),

@@ -35,7 +35,7 @@ from embedistill.evaluation.tasks import (
 RNG = np.random.default_rng(0)
 
 
-def resampled(reference: Callable[[np.ndarray], float], items: dict[str, np.ndarray], metric: str) -> None:
+def check_resampled(reference: Callable[[np.ndarray], float], items: dict[str, np.ndarray], metric: str) -> None:
     """Check a metric against another implementation: on the items, and on resamples of them."""
     assert metric_names(items) == [metric]
     n_items = len(next(iter(items.values())))
@@ -48,19 +48,23 @@ def resampled(reference: Callable[[np.ndarray], float], items: dict[str, np.ndar
 @pytest.mark.parametrize("decimals", [0, 1, 8])
 def test_spearman_is_scipys_also_with_ties_and_for_a_resample(decimals: int) -> None:
     x, y = RNG.normal(size=30).round(decimals), RNG.integers(0, 6, 30).astype(float)
-    resampled(lambda rows: stats.spearmanr(x[rows], y[rows]).statistic, {"cosine": x, "score": y}, "spearman_cosine")
+    check_resampled(
+        lambda rows: stats.spearmanr(x[rows], y[rows]).statistic, {"cosine": x, "score": y}, "spearman_cosine"
+    )
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 8])
 def test_average_precision_is_scikit_learns_also_with_ties(decimals: int) -> None:
     x, y = RNG.normal(size=40).round(decimals), RNG.integers(0, 2, 40)
-    resampled(lambda rows: average_precision_score(y[rows], x[rows]), {"cosine": x, "label": y}, "cosine_ap")
+    check_resampled(lambda rows: average_precision_score(y[rows], x[rows]), {"cosine": x, "label": y}, "cosine_ap")
 
 
 @pytest.mark.parametrize("n_clusters", [1, 3, 7])
 def test_v_measure_is_scikit_learns(n_clusters: int) -> None:
     found, label = RNG.integers(0, n_clusters, 40), RNG.integers(0, 4, 40)
-    resampled(lambda rows: v_measure_score(label[rows], found[rows]), {"cluster": found, "label": label}, "v_measure")
+    check_resampled(
+        lambda rows: v_measure_score(label[rows], found[rows]), {"cluster": found, "label": label}, "v_measure"
+    )
 
 
 def test_spearman_of_a_constant_is_zero() -> None:
