@@ -3,7 +3,7 @@ import gzip
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -119,14 +119,22 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, config: str | None, split: str) -> list[dict[str, str]]:
+    def load_dataset(path: str, config: str | None, split: str, **settings: bool) -> Iterator[dict[str, str]]:
         if path != "org/d":
             raise ValueError(f"no config {config}")
-        return [{"text": f"{config} {split}"}]
+        yield {"text": f"{config} {split}", "title": "a title"}
+        yield {"text": f"streaming: {settings.get('streaming', False)}", "title": "another"}
 
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read("hf:org/d:en:test") == [Record("en test", "org/d:en:test")]
+    whole = "org/d:en:test"
+    assert read(f"hf:{whole}") == [Record("en test", whole), Record("streaming: False", whole)]
+    assert read("hf:org/d:train[:1]#title") == [Record("a title", "org/d:train[:1]")]
+    assert read("hf:org/d:train[:2]")[1].text == "streaming: True"  # only so many rows are fetched
+    with pytest.raises(UsageError, match="no column 'body'; expected one of: text, title"):
+        read("hf:org/d#body")
+    with pytest.raises(UsageError, match="hf:org/d:a:b:c: too many parts; expected hf:org/dataset"):
+        read("hf:org/d:a:b:c")
     with pytest.raises(UsageError, match="hf:org/other: no config None; expected hf:org/dataset"):
         read("hf:org/other")
 
@@ -144,7 +152,8 @@ def test_what_a_source_is_changes_with_its_file(tmp_path: Path) -> None:
     [
         ("o/d", ("o/d", None, "train")),
         ("o/d:test", ("o/d", None, "test")),
-        ("o/d:train[:10%]".replace(":10", "10"), ("o/d", None, "train[10%]")),
+        ("o/d:train[:10%]", ("o/d", None, "train[:10%]")),
+        ("o/d:en:train[5:10]", ("o/d", "en", "train[5:10]")),
         ("o/d:en", ("o/d", "en", "train")),
         ("o/d:en:validation", ("o/d", "en", "validation")),
     ],

@@ -359,9 +359,9 @@ def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
         return found.detach(), grads
 
     vectors, grads = run_it()
-    monkeypatch.setattr("embedistill.training.packed._PADDING", 4)  # three runs, one of them padded
-    if not packs:  # as on an accelerator
-        monkeypatch.setattr("embedistill.training.packed.can_pack", lambda model: False)
+    monkeypatch.setattr("embedistill.training.packed._PADDING", {"cpu": 4})  # three runs, one of them padded
+    if not packs:  # as for other architectures
+        monkeypatch.setattr("embedistill.training.packed.is_bert_like", lambda model: False)
         monkeypatch.setattr("embedistill.training.packed._RUNS", 2)
     with without_padding(model, torch.float32):
         packed_vectors, packed_grads = run_it()

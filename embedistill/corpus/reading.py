@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from embedistill.errors import EmbedistillError, UsageError
 from embedistill.progress import progress_bar
 
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+_HUB = "hf:org/dataset[:config][:split][#text column]"
 _SPLITS = {"train", "validation", "test", "dev"}
 
 Row = tuple[str, Mapping[str, Any]]
@@ -61,8 +64,8 @@ def read_corpus(source: str | Sequence[str], columns: Columns) -> Iterator[Recor
     """Yield the records of a source, in its order; None stands for a bad row that is skipped.
 
     Args:
-        source: A .txt, .csv, .jsonl or .parquet file (.gz too), a folder of them, hf:org/dataset[:config][:split], or
-            docstrings:[package,package]; or several of these.
+        source: A .txt, .csv, .jsonl or .parquet file (.gz too), a folder of them, docstrings:[package,package], or
+            hf:org/dataset[:config][:split][#text column]; or several of these.
         columns: Which columns to read.
 
     Raises:
@@ -82,7 +85,9 @@ def read_corpus(source: str | Sequence[str], columns: Columns) -> Iterator[Recor
                     yield from read_docstrings(package)
                     advance(1)
         case "hf":
-            yield from _to_records(_hub_rows(name), columns, name)
+            dataset, _, column = name.partition("#")
+            columns = replace(columns, text=column) if column else columns
+            yield from _to_records(_hub_rows(dataset), columns, dataset)
         case _:
             for file in _list_files(Path(source)):
                 yield from _to_records(_file_rows(file), columns, file.name.split(".")[0])
@@ -221,23 +226,28 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
+    """Yield the rows of a dataset. One whose split is cut short, as train[:1000], is not downloaded as a whole."""
     import datasets
 
     path, config, split = _parse_hub_name(name)
     where = f"corpus.source: hf:{name}"
     if not hub.reachable():
         raise EmbedistillError(where, "the Hub does not answer", do="check the network, or name a local file")
+    cut = re.fullmatch(r"(\w+)\[:(\d+)\]", split)
     try:
-        loaded = datasets.load_dataset(path, config, split=split)
+        if cut:
+            loaded: Any = datasets.load_dataset(path, config, split=cut[1], streaming=True)
+        else:
+            loaded = datasets.load_dataset(path, config, split=split)
+        for number, row in enumerate(itertools.islice(loaded, int(cut[2]) if cut else None), start=1):
+            yield f"hf:{name}:row {number}", row
     except Exception as error:
-        raise UsageError(where, str(error), "hf:org/dataset[:config][:split]", "check the name") from error
-    for number, row in enumerate(loaded, start=1):
-        yield f"hf:{name}:row {number}", row
+        raise UsageError(where, str(error), _HUB, "check the name") from error
 
 
 def _parse_hub_name(name: str) -> tuple[str, str | None, str]:
-    """Split org/dataset[:config][:split]; one part alone is a split where it is named like one."""
-    path, *rest = name.split(":")
+    """Split org/dataset[:config][:split]; one part alone is a split where it is named like one, as train[:1000] is."""
+    path, *rest = re.split(r":(?![^\[]*\])", name)
     match rest:
         case []:
             return path, None, "train"
@@ -248,4 +258,4 @@ def _parse_hub_name(name: str) -> tuple[str, str | None, str]:
         case [config, split]:
             return path, config, split
         case _:
-            raise UsageError(f"corpus.source: hf:{name}", "too many parts", "hf:org/dataset[:config][:split]")
+            raise UsageError(f"corpus.source: hf:{name}", "too many parts", _HUB)

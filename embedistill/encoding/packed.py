@@ -90,7 +90,7 @@ def find_padding(model: Any) -> int | None:
 def positions_of(ids: Tensor, padding: int | None) -> Tensor:
     """Return the positions of a text, or of texts in rows: from 0, or, as in RoBERTa, from behind the padding id."""
     if padding is None:
-        return torch.arange(ids.shape[-1])
+        return torch.arange(ids.shape[-1], device=ids.device)
     real = (ids != padding).long()
     return real.cumsum(-1) * real + padding
 
@@ -157,6 +157,11 @@ class _Layer:
 
 def can_pack(model: Any) -> bool:
     """Say whether `PackedBody` gives what a transformers model gives."""
+    return is_bert_like(model) and next(model.parameters()).device.type == "cpu"
+
+
+def is_bert_like(model: Any) -> bool:
+    """Say whether a transformers model can be run layer by layer on the tokens of many texts as rows of one matrix."""
     config: Any = getattr(model, "config", None)
     adapted = getattr(model, "_hf_peft_config_loaded", False)
     return not adapted and (
@@ -164,7 +169,6 @@ def can_pack(model: Any) -> bool:
         and getattr(config, "hidden_act", getattr(config, "activation", None)) == "gelu"
         and getattr(config, "position_embedding_type", "absolute") in {None, "absolute"}
         and not getattr(config, "is_decoder", False)
-        and next(model.parameters()).device.type == "cpu"
     )
 
 

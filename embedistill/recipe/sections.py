@@ -73,7 +73,7 @@ class CorpusSection(Section):
 
     source: str | Annotated[list[str], Field(min_length=1)] = Field(
         description="A .txt, .csv or .jsonl file (.gz too), a .parquet file, a folder of them, "
-        "hf:org/dataset[:config][:split], docstrings:[package,package], or a list of such."
+        "hf:org/dataset[:config][:split][#text column], docstrings:[package,package], or a list of such."
     )
     text_column: str = Field("text", description="Column with the text.")
     pairs: str | None = Field(

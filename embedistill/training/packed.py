@@ -1,9 +1,10 @@
 """Texts of any length in one batch, with little padding or none.
 
-A BERT-like student on processors trains as `embedistill.encoding.packed` encodes, with gradients: all tokens of a batch
-are the rows of one matrix, attention is taken over texts of like length at a time, padded to the longest of them.
-Attention and its gradient are written out, because the fused ones of torch are several times as slow on the many short
-texts of a batch. Any other transformer runs the texts of a batch in a few runs of like length.
+A BERT-like student trains as `embedistill.encoding.packed` encodes, with gradients: all tokens of a batch are the rows
+of one matrix, attention is taken over texts of like length at a time, padded to the longest of them. Attention and its
+gradient are written out, because the fused ones of torch are, on processors, several times as slow on the many short
+texts of a batch. Any other transformer runs, on processors, the texts of a batch in a few runs of like length; on a
+GPU, which starts many small products no faster than a large one, it is left as it is.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutput
 
 from embedistill.architectures import architecture_of, find_layers
-from embedistill.encoding.packed import can_pack, find_padding, group, positions_of
+from embedistill.encoding.packed import find_padding, group, is_bert_like, positions_of
 
 _RUNS = 8
-_PADDING = 64  # tokens that cost about as much as another run of texts
+_PADDING = {"cpu": 64, "cuda": 16_384}  # tokens that cost about as much as another run of texts
 
 
 @contextmanager
@@ -35,10 +36,12 @@ def without_padding(student: SentenceTransformer, dtype: torch.dtype) -> Iterato
         dtype: Number format of the products by token and of the attention.
     """
     body: Any = getattr(student[0], "model", None)
-    if body is None or getattr(student.tokenizer, "padding_side", "") != "right":
+    device, packs = student.device.type, is_bert_like(body)
+    fit = body is not None and getattr(student.tokenizer, "padding_side", "") == "right"
+    if not fit or device not in _PADDING or (device != "cpu" and not packs):
         yield
         return
-    body.forward = _Forward(body, dtype) if can_pack(body) else _Runs(body.forward)
+    body.forward = _Forward(body, dtype) if packs else _Runs(body.forward)
     try:
         yield
     finally:
@@ -78,30 +81,30 @@ class _Forward:
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **others: Any
     ) -> BaseModelOutput:
         """Return last hidden states as the model would, zeros where there is padding."""
-        n_texts, longest = input_ids.shape
-        lengths, order = attention_mask.sum(1).sort(stable=True)
-        padded = torch.tensor(_pad(lengths.tolist()))
+        (n_texts, longest), device = input_ids.shape, input_ids.device
+        lengths, order = attention_mask.sum(1).cpu().sort(stable=True)
+        padded = torch.tensor(_pad(lengths.tolist(), _PADDING[device.type]))
         columns = torch.arange(longest)
         taken, real = (columns < some[:, None] for some in (padded, lengths))
-        places, real = (order[:, None] * longest + columns)[taken], real[taken]
-        runs = _list_runs(lengths, padded)
+        places, kept = (order[:, None] * longest + columns)[taken].to(device), real[taken].nonzero()[:, 0].to(device)
+        runs = _list_runs(lengths, padded, device)
         given = {"input_ids": input_ids, "position_ids": positions_of(input_ids, find_padding(self._body))}
         if token_type_ids is not None:
             given["token_type_ids"] = token_type_ids
         chosen = {name: ids.expand_as(input_ids).reshape(1, -1)[:, places] for name, ids in given.items()}
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device.type, enabled=False):
             hidden = self._body.embeddings(**chosen)[0]
-            bias = self._position_bias(longest)
+            bias = self._position_bias(longest, device)
             for layer in find_layers(self._body):
                 hidden = self._run_layer(layer, hidden, runs, bias)
-        states = hidden.new_zeros(n_texts * longest, hidden.shape[1]).index_copy(0, places[real], hidden[real])
+        states = hidden.new_zeros(n_texts * longest, hidden.shape[1]).index_copy(0, places[kept], hidden[kept])
         return BaseModelOutput(last_hidden_state=states.view(n_texts, longest, -1))
 
-    def _position_bias(self, length: int) -> Tensor | None:
+    def _position_bias(self, length: int, device: torch.device) -> Tensor | None:
         """Return MPNet's relative position biases, (1, heads, length, length)."""
         if self._names.shared_bias is None:
             return None
-        bias: Tensor = self._body.encoder.compute_position_bias(torch.zeros(1, length, 1))
+        bias: Tensor = self._body.encoder.compute_position_bias(torch.zeros(1, length, 1, device=device))
         return bias.to(self._dtype)
 
     def _run_layer(self, layer: Any, hidden: Tensor, runs: Sequence[_Run], bias: Tensor | None) -> Tensor:
@@ -183,23 +186,23 @@ class _Run(NamedTuple):
     padding: Tensor | None
 
 
-def _list_runs(lengths: Tensor, padded: Tensor) -> list[_Run]:
+def _list_runs(lengths: Tensor, padded: Tensor, device: torch.device) -> list[_Run]:
     """Return the runs of texts of these lengths, in rising order, that are padded to these."""
     runs, text = [], 0
     for first, n_texts, length in group(padded.tolist()):
         padding = torch.arange(length) >= lengths[text : text + n_texts, None, None, None]
-        runs.append(_Run(first, n_texts, length, padding if padding.any() else None))
+        runs.append(_Run(first, n_texts, length, padding.to(device) if padding.any() else None))
         text += n_texts
     return runs
 
 
-def _pad(lengths: Sequence[int]) -> list[int]:
-    """Return lengths, in rising order, raised to those of longer texts as far as that costs less than another run."""
+def _pad(lengths: Sequence[int], most: int) -> list[int]:
+    """Return lengths, in rising order, raised to those of longer texts by at most so many tokens of padding a run."""
     padded = list(lengths)
     cost = 0
     for place in range(len(lengths) - 2, -1, -1):
         cost += padded[place + 1] - lengths[place]
-        if cost <= _PADDING:
+        if cost <= most:
             padded[place] = padded[place + 1]
         else:
             cost = 0

@@ -1,0 +1,223 @@
+r"""Published results: from what runs and evaluations left behind to eval/results/students/*.json and eval/README.md.
+
+    python eval/publish.py add runs/mpnet-14m --results judged/results --command "embedistill run mpnet-14m ..." \
+        --command "embedistill evaluate runs/mpnet-14m ..."
+    python eval/publish.py render
+
+`add` takes sizes from the run, what every model did on every item from the folder of results, and compares them anew,
+so that the means are of the same sets for every student. `render` writes the page and the picture; a test fails where
+the page is not what the figures say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from embedistill.evaluation.comparison import MAIN, Comparison, compare_results
+from embedistill.evaluation.scoring import load_results
+from embedistill.files import read_json, write_json, write_text
+from embedistill.recipe import load_recipe
+from embedistill.teacher import load, locate
+
+HERE = Path(__file__).parent
+STUDENTS, PAGE, PICTURE = HERE / "results" / "students", HERE / "README.md", HERE / "results" / "pareto.svg"
+STS = ["STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark", "SICK-R"]
+RETRIEVAL = ["MEDLINE", "Cranfield", "LiveQAMed"]
+MEANS = {"STS mean": STS, "retrieval mean": RETRIEVAL}
+ROLES = ("teacher", "student", "student queries")
+RESAMPLES, SEED = 10_000, 42
+
+HEAD = """# Results
+
+Made by `python eval/publish.py render` from `results/students/*.json`: do not edit. Students of all-mpnet-base-v2
+(109.5 M parameters) on a corpus of 198,000 English texts, trained on two CPU cores. Test sets were scored once,
+when all choices had been made on STSBenchmark.dev, TIME, CISI and texts kept out. Figures are the main metric of each
+task x 100 (Spearman, nDCG@10, accuracy, average precision); what is kept of the teacher has a 95 % interval by paired
+bootstrap. What was tried on the way, and what failed: `LOG.md`.
+"""
+CAVEATS = """
+## What to keep in mind
+
+- The corpus has captions (of the Flickr images that STS sets and SICK-R draw on, too), headlines, definitions and
+  dialogue, of the kinds that the STS sets are made of, and medical answers and abstracts, of the kinds of LiveQAMed and
+  MEDLINE. No text of an evaluation set is in it. Cranfield (aerodynamics) is far from all of it.
+- The retrieval mean is of three small collections (29, 225 and 96 queries): its intervals are wide.
+- The texts are under many licences, some for research only: the corpus is not published. The recipes name public
+  datasets in its place; students trained on those are not in these tables.
+- Minutes are of two shared cores: a faster machine makes more steps of them.
+"""
+
+
+def main() -> None:
+    """Add a student, or render the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    adding = actions.add_parser("add", help="a run's figures to eval/results/students")
+    adding.add_argument("run", type=Path)
+    adding.add_argument("--results", type=Path, required=True, help="folder with <task>/<role>.json")
+    adding.add_argument("--command", action="append", required=True, help="that repeats it; one or more")
+    adding.add_argument("--name", help="default: the name of the run's folder")
+    adding.add_argument("--aim", type=float, nargs=2, metavar=("STS", "RETRIEVAL"), help="percent to keep")
+    actions.add_parser("render", help="eval/README.md and the picture")
+    arguments = parser.parse_args()
+    if arguments.action == "add":
+        name = arguments.name or arguments.run.name
+        found = describe_run(arguments.run) | {
+            "name": name,
+            "aim": arguments.aim,
+            "commands": arguments.command,
+            "comparisons": [asdict(row) for row in compare(arguments.results)],
+        }
+        write_json(STUDENTS / f"{name}.json", found)
+    else:
+        students = load_students()
+        write_text(PAGE, render(students))
+        draw(students)
+        print("\n".join(summarise(students)))  # for the first table of README.md
+
+
+def describe_run(folder: Path) -> dict[str, Any]:
+    """Return sizes, training and machine of a run."""
+    record, model = read_json(folder / "run.json"), load(locate(str(folder / "model"), models_dir=folder))
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    recipe = load_recipe(folder / "recipe.yaml")
+    config = getattr(getattr(model[0], "model", None), "config", None)
+    return {
+        "seed": recipe.seed,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "shape": f"{config.num_hidden_layers} x {config.hidden_size}" if config else "no layers",
+        "embedding_size": model.get_embedding_dimension(),
+        "minutes": recipe.training.minutes,
+        "steps": max(entry["step"] for entry in log),
+        "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
+        "hardware": record["hardware"],
+        "versions": record["versions"],
+    }
+
+
+def compare(folder: Path) -> list[Comparison]:
+    """Compare what teacher and student did, in the main metric of every task, and in the mean of the published sets."""
+    results = [result for result in load_results(folder) if result.role in ROLES]
+    groups = [[result for result in results if result.task in names] for names in MEANS.values()]
+    others = [result for result in results if not any(result.task in names for names in MEANS.values())]
+    rows = [row for group in [*groups, others] for row in compare_results(group, resamples=RESAMPLES, seed=SEED)[0]]
+    return [row for row in rows if row.metric in MAIN and ("mean" not in row.task or row.task in MEANS)]
+
+
+def load_students() -> list[dict[str, Any]]:
+    """Return the published students, the largest first."""
+    return sorted((read_json(path) for path in STUDENTS.glob("*.json")), key=lambda one: -one["parameters"])
+
+
+def render(students: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    parts = [HEAD, "\n![Kept of the teacher by size](results/pareto.svg)\n", _overview(students), _tasks(students)]
+    commands = [f"\n### {one['name']}\n\n" + "".join(f"    {line}\n" for line in one["commands"]) for one in students]
+    return "".join([*parts, "\n## To repeat them\n", *commands, CAVEATS])
+
+
+def summarise(students: list[dict[str, Any]]) -> list[str]:
+    """Return the first table of the project's README, line by line."""
+    head = ["recipe", "layers x width", "parameters", "minutes of training", *(f"{mean}: keeps, %" for mean in MEANS)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for one in students:
+        cells = [f"`{one['name']}`", one["shape"], f"{one['parameters'] / 1e6:.1f} M", f"{one['minutes']:g}"]
+        lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
+    return lines
+
+
+def _overview(students: list[dict[str, Any]]) -> str:
+    lines = [
+        "\n## Students\n",
+        "| | layers x width | parameters | dimensions | minutes | steps | "
+        + " | ".join(f"{mean} | keeps, % | aim" for mean in MEANS)
+        + " |",
+        "|---" * (6 + 3 * len(MEANS)) + "|",
+    ]
+    for one in students:
+        cells = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", str(one["embedding_size"])]
+        cells += [f"{one['minutes']:g}", f"{one['steps']:,}"]
+        for number, mean in enumerate(MEANS):
+            row = _find(one, mean)
+            aim = one["aim"][number] if one["aim"] else None
+            met = "" if aim is None or row is None else ("met" if _kept(row)["value"] * 100 >= aim else "missed")
+            cells += [_value(row, "student"), _interval(row), f"{aim:g}, {met}" if met else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    teacher = next((_find(one, mean) for one in students for mean in MEANS), None)
+    if teacher:
+        found = [next((row for one in students if (row := _find(one, mean))), None) for mean in MEANS]
+        lines.insert(
+            3,
+            "| teacher | 12 x 768 | 109.5 M | 768 | | | "
+            + " | ".join(f"{_value(row, 'teacher')} | |" for row in found)
+            + " |",
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _tasks(students: list[dict[str, Any]]) -> str:
+    """Return a table of every task: the teacher, and each student with what it keeps."""
+    names = list(dict.fromkeys(row["task"] for one in students for row in one["comparisons"]))
+    lines = [
+        "\n## By task\n",
+        "| | teacher | " + " | ".join(one["name"] for one in students) + " |",
+        "|---" * (2 + len(students)) + "|",
+    ]
+    for task in names:
+        rows = [_find(one, task) for one in students]
+        teacher = next(row for row in rows if row)
+        cells = [f"{_value(row, 'student')} ({_kept(row)['value'] * 100:.1f} %)" if row else "" for row in rows]
+        lines.append(f"| {task} | {_value(teacher, 'teacher')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _find(student: dict[str, Any], task: str) -> dict[str, Any] | None:
+    return next((row for row in student["comparisons"] if row["task"] == task), None)
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = row["retention"]["student"]
+    return kept
+
+
+def _value(row: dict[str, Any] | None, role: str) -> str:
+    return f"{100 * row['values'][role]:.2f}" if row else ""
+
+
+def _interval(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    kept = _kept(row)
+    return f"**{kept['value'] * 100:.1f}** [{kept['low'] * 100:.1f}, {kept['high'] * 100:.1f}]"
+
+
+def draw(students: list[dict[str, Any]]) -> None:
+    """Draw what every student keeps, by its size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for mean, marker in zip(MEANS, "os", strict=True):
+        shown = [(one["parameters"] / 1e6, _kept(row)) for one in students if (row := _find(one, mean))]
+        values = [100 * kept["value"] for _, kept in shown]
+        errors = [
+            [100 * (kept["value"] - kept["low"]) for _, kept in shown],
+            [100 * (kept["high"] - kept["value"]) for _, kept in shown],
+        ]
+        axes.errorbar([size for size, _ in shown], values, yerr=errors, fmt=marker, capsize=3, label=mean)
+    for one in students:
+        if row := _find(one, "STS mean"):
+            at = (one["parameters"] / 1e6, 100 * _kept(row)["value"])
+            axes.annotate(one["name"], at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.axhline(100, linewidth=0.8, color="grey")
+    axes.set(xlabel="parameters, millions (teacher: 109.5)", ylabel="kept of the teacher, %")
+    axes.legend()
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

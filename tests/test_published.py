@@ -1,0 +1,41 @@
+"""The published results: the page says what the figures say."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from embedistill.evaluation.scoring import Result, save_results
+
+EVAL = Path(__file__).parents[1] / "eval"
+
+
+@pytest.fixture(scope="module")
+def publish() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(EVAL / "publish.py")))
+
+
+def test_the_page_is_what_the_figures_say(publish: SimpleNamespace) -> None:
+    page = (EVAL / "README.md").read_text(encoding="utf-8")
+    assert publish.render(publish.load_students()) == page, "run: python eval/publish.py render"
+
+
+def test_the_readme_says_what_was_published(publish: SimpleNamespace) -> None:
+    readme = (EVAL.parent / "README.md").read_text(encoding="utf-8")
+    for line in publish.summarise(publish.load_students()):
+        assert line in readme, "the README's first table is not of eval/results/students"
+
+
+def test_means_are_of_the_published_sets_alone(publish: SimpleNamespace, tmp_path: Path) -> None:
+    judged = {"teacher": [0.1, 0.2, 0.3, 0.4], "student": [0.1, 0.2, 0.4, 0.3]}
+    results = [
+        Result(task, role, "", {"spearman_cosine": 0.0}, {"cosine": cosines, "score": [1.0, 2.0, 3.0, 4.0]})
+        for task in ("STS12", "STS13", "STSBenchmark.dev")
+        for role, cosines in judged.items()
+    ]
+    save_results(results, tmp_path / "results")
+    rows = {row.task: row for row in publish.compare(tmp_path / "results")}
+    assert set(rows) == {"STS12", "STS13", "STS mean", "STSBenchmark.dev"}
+    assert rows["STS mean"].n_items == 8
+    assert rows["STS12"].values == pytest.approx({"teacher": 1.0, "student": 0.8})  # 1 - 6 (0 + 0 + 1 + 1) / (4 x 15)
