@@ -28,14 +28,15 @@ def test_the_readme_says_what_was_published(publish: SimpleNamespace) -> None:
 
 
 def test_means_are_of_the_published_sets_alone(publish: SimpleNamespace, tmp_path: Path) -> None:
-    judged = {"teacher": [0.1, 0.2, 0.3, 0.4], "student": [0.1, 0.2, 0.4, 0.3]}
+    cosines = {"teacher": [0.1, 0.2, 0.3, 0.4], "student": [0.1, 0.2, 0.4, 0.3]}
+    values = {"teacher": 1.0, "student": 0.8}  # 1 - 6 (0 + 0 + 1 + 1) / (4 x 15)
     results = [
-        Result(task, role, "", {"spearman_cosine": 0.0}, {"cosine": cosines, "score": [1.0, 2.0, 3.0, 4.0]})
+        Result(task, role, "", {"spearman_cosine": value}, {"cosine": cosines[role], "score": [1.0, 2.0, 3.0, 4.0]})
         for task in ("STS12", "STS13", "STSBenchmark.dev")
-        for role, cosines in judged.items()
+        for role, value in values.items()
     ]
     save_results(results, tmp_path / "results")
     rows = {row.task: row for row in publish.compare(tmp_path / "results")}
     assert set(rows) == {"STS12", "STS13", "STS mean", "STSBenchmark.dev"}
-    assert rows["STS mean"].n_items == 8
-    assert rows["STS12"].values == pytest.approx({"teacher": 1.0, "student": 0.8})  # 1 - 6 (0 + 0 + 1 + 1) / (4 x 15)
+    assert (rows["STS mean"].n_items, rows["STS mean"].values) == (8, pytest.approx(values))
+    assert rows["STS mean"].retention["student"].value == pytest.approx(0.8)
