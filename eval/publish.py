@@ -91,7 +91,6 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "shape": f"{config.num_hidden_layers} x {config.hidden_size}" if config else "no layers",
         "embedding_size": model.get_embedding_dimension(),
-        "minutes": recipe.training.minutes,
         "steps": max(entry["step"] for entry in log),
         "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
         "hardware": record["hardware"],
@@ -125,7 +124,7 @@ def summarise(students: list[dict[str, Any]]) -> list[str]:
     head = ["recipe", "layers x width", "parameters", "minutes of training", *(f"{mean}: keeps, %" for mean in MEANS)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in students:
-        cells = [f"`{one['name']}`", one["shape"], f"{one['parameters'] / 1e6:.1f} M", f"{one['minutes']:g}"]
+        cells = [f"`{one['name']}`", one["shape"], f"{one['parameters'] / 1e6:.1f} M", f"{one['seconds']['training'] / 60:.0f}"]
         lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
     return lines
 
@@ -140,7 +139,7 @@ def _overview(students: list[dict[str, Any]]) -> str:
     ]
     for one in students:
         cells = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", str(one["embedding_size"])]
-        cells += [f"{one['minutes']:g}", f"{one['steps']:,}"]
+        cells += [f"{one['seconds']['training'] / 60:.0f}", f"{one['steps']:,}"]
         for number, mean in enumerate(MEANS):
             row = _find(one, mean)
             aim = one["aim"][number] if one["aim"] else None
