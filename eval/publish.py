@@ -124,7 +124,7 @@ def summarise(students: list[dict[str, Any]]) -> list[str]:
     head = ["recipe", "layers x width", "parameters", "minutes of training", *(f"{mean}: keeps, %" for mean in MEANS)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in students:
-        cells = [f"`{one['name']}`", one["shape"], f"{one['parameters'] / 1e6:.1f} M", f"{one['seconds']['training'] / 60:.0f}"]
+        cells = [f"`{one['name']}`", one["shape"], f"{one['parameters'] / 1e6:.1f} M", _minutes(one)]
         lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
     return lines
 
@@ -139,7 +139,7 @@ def _overview(students: list[dict[str, Any]]) -> str:
     ]
     for one in students:
         cells = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", str(one["embedding_size"])]
-        cells += [f"{one['seconds']['training'] / 60:.0f}", f"{one['steps']:,}"]
+        cells += [_minutes(one), f"{one['steps']:,}"]
         for number, mean in enumerate(MEANS):
             row = _find(one, mean)
             aim = one["aim"][number] if one["aim"] else None
@@ -172,6 +172,10 @@ def _tasks(students: list[dict[str, Any]]) -> str:
         cells = [f"{_value(row, 'student')} ({_kept(row)['value'] * 100:.1f} %)" if row else "" for row in rows]
         lines.append(f"| {task} | {_value(teacher, 'teacher')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _minutes(student: dict[str, Any]) -> str:
+    return f"{student['seconds']['training'] / 60:.0f}"
 
 
 def _find(student: dict[str, Any], task: str) -> dict[str, Any] | None:
