@@ -200,6 +200,7 @@ def _interval(row: dict[str, Any] | None) -> str:
 
 def draw(students: list[dict[str, Any]]) -> None:
     """Draw what every student keeps, by its size."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -219,7 +220,8 @@ def draw(students: list[dict[str, Any]]) -> None:
     axes.axhline(100, linewidth=0.8, color="grey")
     axes.set(xlabel="parameters, millions (teacher: 109.5)", ylabel="kept of the teacher, %")
     axes.legend()
-    figure.savefig(PICTURE, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "pareto"}):  # the same picture of the same figures
+        figure.savefig(PICTURE, metadata={"Date": None})
 
 
 if __name__ == "__main__":
