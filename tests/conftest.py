@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -17,8 +17,10 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, PreTrainedTokenizerFast
 
+from embedistill import forecast
+from embedistill.encoding import hardware
 from embedistill.evaluation import trial
-from embedistill.evaluation.costs import Start
+from embedistill.evaluation.costs import Start, measure_start
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 THEMES = {
@@ -162,19 +164,32 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unmeasured() -> Iterator[None]:
+    """Spare every run what only measures: how models start, in processes of their own, and how fast they would be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "_SECONDS", 0.0)
+        patch.setattr(hardware, "measure_products", lambda: {torch.float32: 2.0, torch.bfloat16: 1.0})
+        patch.setattr(trial, "measure_start", lambda *_: Start(1.0, 100.0))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def fast_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare every run the processes that measure how models start: they take as long as the libraries to import."""
-    if "real_start" not in request.keywords:
-        monkeypatch.setattr(trial, "measure_start", lambda *_: Start(1.0, 100.0))
+def real_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure how models start where a test is marked real_start."""
+    if "real_start" in request.keywords:
+        monkeypatch.setattr(trial, "measure_start", measure_start)
 
 
 FORKS = """
 import json, os, sys, traceback
 module, code, runs = json.load(sys.stdin)
 __import__(module)
+from embedistill import forecast
+from embedistill.encoding import hardware
 from embedistill.evaluation import costs, trial
 trial.measure_start = lambda *_: costs.Start(1.0, 100.0)  # as in the process of the tests
+forecast._SECONDS = 0.0
 exits = []
 for arguments in runs:
     child = os.fork()
