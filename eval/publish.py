@@ -48,8 +48,8 @@ CAVEATS = """
 - The retrieval mean is of three small collections (29, 225 and 96 queries): its intervals are wide.
 - The texts are under many licences, some for research only: the corpus is not published. The recipes name public
   datasets in its place; students trained on those are not in these tables.
-- Minutes are of two shared cores: a faster machine makes more steps of them. The steps of mpnet-14m were planned for 60,
-  those of mpnet-6l for 30; other work beside them took the rest.
+- Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m were planned for 60,
+  of mpnet-6l for 30; other work beside them took the rest.
 """
 
 
