@@ -32,11 +32,13 @@ def test_means_are_of_the_published_sets_alone(publish: SimpleNamespace, tmp_pat
     values = {"teacher": 1.0, "student": 0.8}  # 1 - 6 (0 + 0 + 1 + 1) / (4 x 15)
     results = [
         Result(task, role, "", {"spearman_cosine": value}, {"cosine": cosines[role], "score": [1.0, 2.0, 3.0, 4.0]})
-        for task in ("STS12", "STS13", "STSBenchmark.dev")
+        for task in (*publish.STS, "STSBenchmark.dev", "BIOSSES")
         for role, value in values.items()
     ]
     save_results(results, tmp_path / "results")
     rows = {row.task: row for row in publish.compare(tmp_path / "results")}
-    assert set(rows) == {"STS12", "STS13", "STS mean", "STSBenchmark.dev"}
-    assert (rows["STS mean"].n_items, rows["STS mean"].values) == (8, pytest.approx(values))
+    assert set(rows) == {*publish.STS, "STS mean", "STSBenchmark.dev", "BIOSSES"}
+    assert (rows["STS mean"].n_items, rows["STS mean"].values) == (28, pytest.approx(values))
     assert rows["STS mean"].retention["student"].value == pytest.approx(0.8)
+    save_results([result for result in results if result.task != "STS12"], tmp_path / "fewer")
+    assert "STS mean" not in {row.task for row in publish.compare(tmp_path / "fewer")}
