@@ -27,6 +27,7 @@ from embedistill.evaluation.segments import (
     Measure,
     count_characters,
     find_segments,
+    judge_segments,
     make_distance_measure,
     make_piece_measure,
 )
@@ -194,7 +195,7 @@ def judge(
     **further: Any,
 ) -> Report:
     """Make a report of results: comparisons, tests, segments, and where teacher and student differ most."""
-    gate = segment_margin if segment_margin is not None else margin and min(2 * margin, 0.99)
+    gate = segment_margin if segment_margin is not None else margin and _default_gate(margin)
     plain = [result for result in results if not result.task.startswith(MISSPELT)]
     comparisons, differences = compare_results(plain, resamples=resamples, seed=seed, margin=margin)
     segments = find_segments(tasks, results, measures, student=STUDENT, seed=seed, margin=gate)
@@ -256,7 +257,23 @@ def compare(*runs: str | Path, margin: float | None = None, out: str | Path | No
     for name, report in zip(names, reports, strict=True):
         models.append(replace(next(model for model in report.models if model.role == STUDENT), role=name))
     comparisons, differences = compare_results(chosen, resamples=RESAMPLES, seed=SEED, margin=allowed)
-    report = Report(" and ".join(names), models, comparisons, allowed, judged=names, differences=differences)
+    gate = _default_gate(allowed)
+    segments = [
+        replace(segment, role=name)
+        for name, own in zip(names, reports, strict=True)
+        for segment in own.segments
+        if segment.task in shared
+    ]
+    report = Report(
+        " and ".join(names),
+        models,
+        comparisons,
+        allowed,
+        judged=names,
+        differences=differences,
+        segments=judge_segments(segments, gate),
+        segment_margin=gate,
+    )
     if out:
         _write(report, Path(out))
     return report
@@ -267,6 +284,10 @@ def check_margin(name: str, margin: float | None) -> float:
     if margin is not None and not 0 < margin < 1:
         raise UsageError(name, str(margin), "a share between 0 and 1, such as 0.03")
     return MARGIN if margin is None else margin
+
+
+def _default_gate(margin: float) -> float:
+    return min(2 * margin, 0.99)
 
 
 def _write(report: Report, folder: Path) -> None:

@@ -5,8 +5,9 @@ r"""Published results: from what runs and evaluations left behind to eval/result
     python eval/publish.py render
 
 `add` takes sizes from the run, what every model did on every item from the folder of results, and compares them anew,
-so that the means are of the same sets for every student. `render` writes the page and the picture; a test fails where
-the page is not what the figures say.
+so that the means are of the same sets for every student. A model that is compared as it is, such as
+sentence-transformers/all-MiniLM-L6-v2, can stand in place of the run. `render` writes the page and the picture; a test
+fails where the page is not what the figures say.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import SentenceTransformer
+
+from embedistill.corpus.records import load_corpus
 from embedistill.evaluation.comparison import MAIN, Comparison, compare_results
 from embedistill.evaluation.scoring import load_results
 from embedistill.files import read_json, write_json, write_text
 from embedistill.recipe import load_recipe
-from embedistill.teacher import load, locate
+from embedistill.teacher import default_cache_dir, load, locate
 
 HERE = Path(__file__).parent
 STUDENTS, PAGE, PICTURE = HERE / "results" / "students", HERE / "README.md", HERE / "results" / "pareto.svg"
@@ -34,7 +38,7 @@ RESAMPLES, SEED = 10_000, 42
 HEAD = """# Results
 
 Made by `python eval/publish.py render` from `results/students/*.json`: do not edit. Students of all-mpnet-base-v2
-(109.5 M parameters) on a corpus of 198,000 English texts, trained on two CPU cores. Test sets were scored once,
+(109.5 M parameters) on English texts of one mix, trained on two CPU cores; MiniLM as it is. Test sets were scored once,
 when all choices had been made on STSBenchmark.dev, TIME, CISI and texts kept out. Figures are the main metric of each
 task x 100 (Spearman, nDCG@10, accuracy, average precision); what is kept of the teacher has a 95 % interval by paired
 bootstrap. What was tried on the way, and what failed: `LOG.md`.
@@ -58,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     adding = actions.add_parser("add", help="a run's figures to eval/results/students")
-    adding.add_argument("run", type=Path)
+    adding.add_argument("run", help="folder of a run, or a model as `embedistill evaluate` takes it")
     adding.add_argument("--results", type=Path, required=True, help="folder with <task>/<role>.json")
     adding.add_argument("--command", action="append", required=True, help="that repeats it; one or more")
     adding.add_argument("--name", help="default: the name of the run's folder")
@@ -66,8 +70,9 @@ def main() -> None:
     actions.add_parser("render", help="eval/README.md and the picture")
     arguments = parser.parse_args()
     if arguments.action == "add":
-        name = arguments.name or arguments.run.name
-        found = describe_run(arguments.run) | {
+        name = arguments.name or Path(arguments.run).name
+        is_run = (Path(arguments.run) / "run.json").is_file()
+        found = (describe_run(Path(arguments.run)) if is_run else describe_model(arguments.run)) | {
             "name": name,
             "aim": arguments.aim,
             "commands": arguments.command,
@@ -83,19 +88,26 @@ def main() -> None:
 
 def describe_run(folder: Path) -> dict[str, Any]:
     """Return sizes, training and machine of a run."""
-    record, model = read_json(folder / "run.json"), load(locate(str(folder / "model"), models_dir=folder))
+    record = read_json(folder / "run.json")
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    recipe = load_recipe(folder / "recipe.yaml")
-    config = getattr(getattr(model[0], "model", None), "config", None)
-    return {
-        "seed": recipe.seed,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "shape": f"{config.num_hidden_layers} x {config.hidden_size}" if config else "no layers",
-        "embedding_size": model.get_embedding_dimension(),
+    return describe_model(str(folder / "model")) | {
+        "seed": load_recipe(folder / "recipe.yaml").seed,
+        "texts": len(load_corpus(folder / "corpus.parquet")["train"]),
         "steps": max(entry["step"] for entry in log),
         "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
         "hardware": record["hardware"],
         "versions": record["versions"],
+    }
+
+
+def describe_model(name: str) -> dict[str, Any]:
+    """Return the sizes of a model."""
+    model: SentenceTransformer = load(locate(name, models_dir=default_cache_dir() / "models"))
+    config = getattr(getattr(model[0], "model", None), "config", None)
+    return {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "shape": f"{config.num_hidden_layers} x {config.hidden_size}" if config else "no layers",
+        "embedding_size": model.get_embedding_dimension(),
     }
 
 
@@ -134,7 +146,8 @@ def summarise(students: list[dict[str, Any]]) -> list[str]:
     head = ["recipe", "layers x width", "parameters", "minutes of training", *(f"{mean}: keeps, %" for mean in MEANS)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in students:
-        cells = [f"`{one['name']}`", one["shape"], f"{one['parameters'] / 1e6:.1f} M", _minutes(one)]
+        name = f"`{one['name']}`" if "steps" in one else f"{one['name']}, as it is"
+        cells = [name, one["shape"], f"{one['parameters'] / 1e6:.1f} M", _minutes(one)]
         lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
     return lines
 
@@ -142,14 +155,14 @@ def summarise(students: list[dict[str, Any]]) -> list[str]:
 def _overview(students: list[dict[str, Any]]) -> str:
     lines = [
         "\n## Students\n",
-        "| | layers x width | parameters | dimensions | minutes | steps | "
+        "| | layers x width | parameters | dimensions | texts | minutes | steps | "
         + " | ".join(f"{mean} | keeps, % | aim" for mean in MEANS)
         + " |",
-        "|---" * (6 + 3 * len(MEANS)) + "|",
+        "|---" * (7 + 3 * len(MEANS)) + "|",
     ]
     for one in students:
         cells = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", str(one["embedding_size"])]
-        cells += [_minutes(one), f"{one['steps']:,}"]
+        cells += [_count(one, "texts"), _minutes(one), _count(one, "steps")]
         for number, mean in enumerate(MEANS):
             row = _find(one, mean)
             aim = one["aim"][number] if one["aim"] else None
@@ -158,7 +171,7 @@ def _overview(students: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     found = [next((row for one in students if (row := _find(one, mean))), None) for mean in MEANS]
     teacher = " | ".join(f"{_value(row, 'teacher')} | |" for row in found)
-    lines.insert(3, f"| teacher | 12 x 768 | 109.5 M | 768 | | | {teacher} |")
+    lines.insert(3, f"| teacher | 12 x 768 | 109.5 M | 768 | | | | {teacher} |")
     return "\n".join(lines) + "\n"
 
 
@@ -179,7 +192,11 @@ def _tasks(students: list[dict[str, Any]]) -> str:
 
 
 def _minutes(student: dict[str, Any]) -> str:
-    return f"{student['seconds']['training'] / 60:.0f}"
+    return f"{student['seconds']['training'] / 60:.0f}" if "seconds" in student else ""
+
+
+def _count(student: dict[str, Any], what: str) -> str:
+    return f"{student[what]:,}" if what in student else ""
 
 
 def _find(student: dict[str, Any], task: str) -> dict[str, Any] | None:

@@ -41,8 +41,8 @@ def check_resampled(reference: Callable[[np.ndarray], float], items: dict[str, n
     n_items = len(next(iter(items.values())))
     assert metric_value(items, metric) == pytest.approx(reference(np.arange(n_items)), abs=1e-12)
     drawn = RNG.integers(n_items, size=n_items)
-    weights = np.bincount(drawn, minlength=n_items).astype(float)[:, None]
-    assert _prepare([items], metric)(weights)[0, 0] == pytest.approx(reference(drawn), abs=1e-12)
+    weights = np.bincount(drawn, minlength=n_items).astype(float)[None, :]
+    assert _prepare([(items, metric)])(weights)[0, 0] == pytest.approx(reference(drawn), abs=1e-12)
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 8])
@@ -109,16 +109,16 @@ def test_overlap_and_cosine_by_hand() -> None:
 def test_the_bootstrap_of_a_mean_has_its_known_spread() -> None:
     values = RNG.normal(size=400)
     items = {"ndcg@10": list(values)}
-    (draws,) = bootstrap([items], "ndcg@10", 4000, seed=1)
+    (draws,) = bootstrap([(items, "ndcg@10")], 4000, seed=1)
     assert draws.mean() == pytest.approx(values.mean(), abs=0.01)
     assert draws.std() == pytest.approx(values.std() / 20, rel=0.1)
-    np.testing.assert_array_equal(draws, bootstrap([items], "ndcg@10", 4000, seed=1)[0])
+    np.testing.assert_array_equal(draws, bootstrap([(items, "ndcg@10")], 4000, seed=1)[0])
 
 
 def test_the_bootstrap_of_spearman_is_what_scipy_finds_on_resamples() -> None:
     x = RNG.normal(size=60)
     items = {"cosine": x, "score": (x + RNG.normal(size=60)).round()}
-    draws = bootstrap([items, items], "spearman_cosine", 3000, seed=1)
+    draws = bootstrap([(items, "spearman_cosine")] * 2, 3000, seed=1)
     np.testing.assert_array_equal(*draws)
     rows = RNG.integers(60, size=(3000, 60))
     theirs = [stats.spearmanr(x[some], items["score"][some]).statistic for some in rows]

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from embedistill.cache.store import EmbeddingCache
 from embedistill.encoding.cluster import TeacherSpec
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
+from embedistill.evaluation.comparison import Retention
 from embedistill.evaluation.loading import load_task
+from embedistill.evaluation.segments import Segment
 from embedistill.precomputation import encode_corpus
-from embedistill.report.document import load_report
+from embedistill.report.document import load_report, save_report
 
 RUN = """
 import os, signal, sys
@@ -192,6 +195,18 @@ def test_the_stored_recipe_repeats_the_run(finished: Path) -> None:
     assert "repeated" in (finished / "both" / "report.html").read_text()
     assert [model.role for model in both.models] == ["teacher", "run", "repeated"]
     assert both.retention("STS12", role="repeated").value == pytest.approx(first.retention("STS12").value, abs=1e-3)
+
+
+def test_a_comparison_has_the_segments_of_all_its_runs(finished: Path, tmp_path: Path) -> None:
+    for name, kept in (("weak", 0.5), ("good", 0.97)):
+        shutil.copytree(finished / "run", tmp_path / name)
+        retention = Retention(kept, kept - 0.01, kept + 0.01)
+        segment = Segment("STS12", "source", "forum", "spearman_cosine", 60, 0.8, 0.8 * kept, retention)
+        save_report(replace(load_report(tmp_path / name), segments=[segment]), tmp_path / name)
+    both = compare(tmp_path / "good", tmp_path / "weak", out=tmp_path / "both")
+    assert [(one.role, one.retention.verdict) for one in both.segments] == [("weak", "FAIL"), ("good", "PASS")]
+    assert both.verdict == "FAIL"
+    assert "weak, STS12, source: forum" in (tmp_path / "both" / "report.html").read_text()
 
 
 def test_a_folder_with_another_recipes_run_is_left_alone(finished: Path) -> None:

@@ -97,6 +97,22 @@ def test_of_few_items_and_of_a_teacher_that_knows_nothing_nothing_is_said() -> N
     assert find_segments([TASK], blind, {}, student="student", seed=0) == []
 
 
+def test_languages_are_told_where_there_are_several() -> None:
+    english = [f"The library opens at nine o'clock in the morning, as on day {n}" for n in range(N // 2)]
+    german = [f"Die Bibliothek wird morgens um neun Uhr geöffnet, wie am Tag {n}" for n in range(N // 2)]
+    task = replace(TASK, sentences1=english + german, columns={})
+    scored = [result("teacher", GOLD + 0.3 * RNG.normal(size=N))]
+    noise = np.repeat([0.05, 1.0], N // 2)  # the student knows no German
+    scored.append(result("student", np.array(scored[0].items["cosine"]) + noise * RNG.normal(size=N)))
+    worst, best = find_segments([task], scored, {}, student="student", seed=0, margin=0.06)
+    assert [(one.column, one.value, one.n_items) for one in (worst, best)] == [
+        ("language", "de", N // 2),
+        ("language", "en", N // 2),
+    ]
+    assert (worst.retention.verdict, best.retention.verdict) == ("FAIL", "PASS")
+    assert find_segments([replace(task, sentences1=english * 2)], scored, {}, student="student", seed=0) == []
+
+
 def test_typing_errors_are_a_segment() -> None:
     teacher, student = results(0.05)
     spoilt = [replace(one, task=MISSPELT + "T") for one in results(2.0)]

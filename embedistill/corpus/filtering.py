@@ -33,7 +33,7 @@ def make_filter(min_characters: int, *, damaged: bool, language: str | None) -> 
         UsageError: A rule needs a package that is not installed.
     """
     is_bad = _load("ftfy.badness", "corpus.drop_damaged").is_bad if damaged else None
-    classify = _load("py3langid", "corpus.language").classify if language else None
+    classify = load_classifier("corpus.language") if language else None
 
     def find(record: Record) -> Rule | None:
         text = record.text
@@ -41,11 +41,21 @@ def make_filter(min_characters: int, *, damaged: bool, language: str | None) -> 
             return "short"
         if is_bad and ("\ufffd" in text or is_bad(text)):
             return "damaged"
-        if classify and len(text) >= _CERTAIN_CHARACTERS and classify(text)[0] != language:
+        if classify and classify(text) not in {language, None}:
             return "language"
         return None
 
     return find
+
+
+def load_classifier(what: str) -> Callable[[str], str | None]:
+    """Return what tells the language of a text, its ISO 639-1 code by langid; None of one of under 40 characters.
+
+    Raises:
+        UsageError: py3langid is not installed; `what` needs it.
+    """
+    classify = _load("py3langid", what).classify
+    return lambda text: str(classify(text)[0]) if len(text) >= _CERTAIN_CHARACTERS else None
 
 
 def drop_near_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:

@@ -131,22 +131,20 @@ def _draw_all(results: Sequence[Result], resamples: int, seed: int) -> Iterator[
     with progress_bar("bootstrap", sum(len(result.metrics) for result in results), "metrics") as advance:
         for task in dict.fromkeys(result.task for result in results):
             peers = [result for result in results if result.task == task]
-            for metric in dict.fromkeys(name for peer in peers for name in peer.metrics):
-                yield draw([peer for peer in peers if metric in peer.metrics], metric, resamples, seed)
-                advance(sum(metric in peer.metrics for peer in peers))
+            yield from draw(peers, resamples, seed)
+            advance(sum(len(peer.metrics) for peer in peers))
 
 
-def draw(results: Sequence[Result], metric: str, resamples: int, seed: int) -> Drawn:
-    """Resample one metric of models on one task."""
+def draw(results: Sequence[Result], resamples: int, seed: int) -> Iterator[Drawn]:
+    """Resample the items of one task, once for all its metrics and models."""
     task = results[0].task
-    draws = bootstrap([result.items for result in results], metric, resamples, seed + zlib.crc32(task.encode()))
-    return Drawn(
-        task,
-        metric,
-        count_items(results[0].items),
-        {result.role: result.metrics[metric] for result in results},
-        dict(zip((result.role for result in results), draws, strict=True)),
-    )
+    measured = [(metric, result) for result in results for metric in result.metrics]
+    items = [(result.items, metric) for metric, result in measured]
+    draws = bootstrap(items, resamples, seed + zlib.crc32(task.encode()))
+    for metric in dict.fromkeys(metric for metric, _ in measured):
+        rows = {result.role: row for (name, result), row in zip(measured, draws, strict=True) if name == metric}
+        values = {result.role: result.metrics[metric] for name, result in measured if name == metric}
+        yield Drawn(task, metric, count_items(results[0].items), values, rows)
 
 
 def _average(drawn: Sequence[Drawn]) -> Iterator[Drawn]:

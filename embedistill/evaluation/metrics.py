@@ -1,14 +1,15 @@
 """Metrics from values an item, and their bootstrap.
 
-A resample is a column of weights: how often each item was drawn. Every metric is computed for many of them at once, and
+A resample is a row of weights: how often each item was drawn. Every metric is computed for many of them at once, and
 for all models on the same ones.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ RETRIEVED = 1_000
 """How many documents a ranking has, as trec_eval's."""
 
 _COLUMNS = {SPEARMAN: ("cosine", "score"), AVERAGE_PRECISION: ("cosine", "label"), V_MEASURE: ("cluster", "label")}
-_MOST_COLUMNS, _CHUNK = 2_500, 10_000_000  # resamples at a time, and weights: rows long enough for numpy, in 40 MB
+_CHUNK = 400_000  # weights at a time: few enough for a processor's cache
 
 _Floats = npt.NDArray[Any]
-_Metric = Callable[[_Floats], _Floats]  # from weights (n_items, n_resamples) to values (n_models, n_resamples)
+_Metric = Callable[[_Floats], _Floats]  # from weights (n_resamples, n_items) to values (n_resamples, n_models)
 
 
 def metric_names(items: Items) -> list[str]:
@@ -37,7 +38,7 @@ def metric_names(items: Items) -> list[str]:
 
 def metric_value(items: Items, metric: str) -> float:
     """Return a metric with every item counted once: spearman_cosine, cosine_ap, v_measure, or a column for its mean."""
-    return float(_prepare([items], metric)(np.ones((count_items(items), 1)))[0, 0])
+    return float(_prepare([(items, metric)])(np.ones((1, count_items(items))))[0, 0])
 
 
 def count_items(items: Items) -> int:
@@ -45,49 +46,75 @@ def count_items(items: Items) -> int:
     return len(next(iter(items.values())))
 
 
-def bootstrap(models: Sequence[Items], metric: str, resamples: int, seed: int) -> Values:
-    """Return a metric of models over the same resamples of their items, shape (n_models, resamples).
+def bootstrap(measured: Sequence[tuple[Items, str]], resamples: int, seed: int) -> Values:
+    """Return metrics over the same resamples of items, shape (n_measured, resamples).
 
     Args:
-        models: Values of the same items, one mapping a model.
-        metric: As in `metric_value`.
+        measured: Values of the same items, of a model each, and a metric as in `metric_value`: either one metric of
+            several columns for all, or means.
         resamples: How many.
         seed: The same seed and number of items draw the same resamples.
     """
-    n_items, compute = count_items(models[0]), _prepare(models, metric)
-    size = max(1, min(_MOST_COLUMNS, _CHUNK // n_items))
+    n_items, compute = count_items(measured[0][0]), _prepare(measured)
+    size = max(1, _CHUNK // n_items)
     starts = range(0, resamples, size)
     seeds = np.random.SeedSequence([seed, n_items]).spawn(len(starts))
 
     def work(number: int) -> _Floats:
-        n_columns = min(size, resamples - starts[number])
-        return compute(_draw(n_items, n_columns, np.random.default_rng(seeds[number])))
+        n_rows = min(size, resamples - starts[number])
+        return compute(_draw(n_rows, n_items, np.random.default_rng(seeds[number])))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.concatenate(list(pool.map(work, range(len(starts)))), axis=1).astype(np.float64)
+        draws = np.concatenate(list(pool.map(work, range(len(starts)))))
+    return np.ascontiguousarray(draws.T, np.float64)
 
 
-def _draw(n_items: int, n_columns: int, random: np.random.Generator) -> _Floats:
-    counts = np.empty((n_columns, n_items), np.float32)
-    for row in counts:
-        row[:] = np.bincount(random.integers(n_items, size=n_items, dtype=np.int32), minlength=n_items)
-    return np.ascontiguousarray(counts.T)
+def _draw(n_rows: int, n_items: int, random: np.random.Generator) -> _Floats:
+    drawn = random.integers(n_items, size=(n_rows, n_items), dtype=np.int32)
+    places = drawn + np.arange(n_rows)[:, None] * n_items
+    return np.bincount(places.ravel(), minlength=n_rows * n_items).reshape(n_rows, n_items).astype(np.float32)
 
 
-def _prepare(models: Sequence[Items], metric: str) -> _Metric:
+def _prepare(measured: Sequence[tuple[Items, str]]) -> _Metric:
     """Do what does not depend on the weights, such as sorting, once."""
-    first, second = (
-        [np.asarray(items[column], np.float64) for items in models] for column in _COLUMNS.get(metric, (metric, metric))
-    )
-    match metric:
+    joint = next((metric for _, metric in measured if metric in _COLUMNS), None)
+    if joint is None:
+        means = np.stack([np.asarray(items[column], np.float64) for items, column in measured], axis=1)
+        return lambda weights: weights @ means.astype(weights.dtype) / weights.sum(axis=1, keepdims=True)
+    first, second = ([np.asarray(items[column], np.float64) for items, _ in measured] for column in _COLUMNS[joint])
+    match joint:
         case "spearman_cosine":
             return _prepare_spearman(first, second[0])
         case "cosine_ap":
             return _prepare_precision(first, second[0] > 0)
-        case "v_measure":
-            return _prepare_v_measure([column.astype(int) for column in first], second[0].astype(int))
-    matrix = np.stack(first)
-    return lambda weights: matrix.astype(weights.dtype) @ weights / weights.sum(axis=0)
+    return _prepare_v_measure([column.astype(int) for column in first], second[0].astype(int))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Items by rising value: their numbers, where each run of equal values starts, and the run that an item is in."""
+
+    items: Ranking
+    starts: Ranking
+    run: Ranking
+
+    def total(self, rows: _Floats) -> _Floats:
+        """Return the sum over each run, shape (n_rows, n_runs)."""
+        ordered: _Floats = np.take(rows, self.items, axis=1)
+        return ordered if len(self.starts) == len(self.items) else np.add.reduceat(ordered, self.starts, axis=1)
+
+
+def _sort(values: npt.NDArray[Any]) -> _Order:
+    items = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[items], prepend=values[items[0]] - 1))
+    run = np.empty_like(items)
+    run[items] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(items)))
+    return _Order(items, starts, run)
+
+
+def _dot(first: _Floats, second: _Floats) -> _Floats:
+    product: _Floats = np.einsum("rn,rn->r", first, second)
+    return product
 
 
 def _prepare_spearman(variables: Sequence[Values], reference: Values) -> _Metric:
@@ -95,81 +122,44 @@ def _prepare_spearman(variables: Sequence[Values], reference: Values) -> _Metric
 
     An item with weight w counts as w items with the same value; equal values share their mean rank.
     """
-    of_reference, of_variables = _group(reference), [_group(variable) for variable in variables]
+    of_reference, of_variables = _sort(reference), [_sort(variable) for variable in variables]
 
     def compute(weights: _Floats) -> _Floats:
-        half, n_drawn = weights / 2, weights.sum(axis=0)
-        cubes = np.einsum("nr,nr,nr->r", weights, weights, weights)
-        ranks = np.empty_like(weights)
-        for group, rank in _walk(half, of_reference):
-            ranks[group] = weights[group] * rank
-        spread = _spread(weights, cubes, of_reference)
-        found = np.zeros((len(variables), len(n_drawn)), weights.dtype)
-        for row, groups in zip(found, of_variables, strict=True):
-            covariance, part = np.zeros_like(n_drawn), np.empty_like(n_drawn)
-            for group, rank in _walk(half, groups):
-                covariance += np.multiply(rank, _total(ranks, group), out=part)
-            spreads = np.sqrt(spread * _spread(weights, cubes, groups))
-            np.divide(covariance, spreads, out=row, where=spreads > 0)
+        ranks, spread = _rank(of_reference.total(weights))
+        weighted = weights * np.take(ranks, of_reference.run, axis=1)
+        found = np.zeros((len(weights), len(variables)), weights.dtype)
+        for column, order in enumerate(of_variables):
+            ranks, own = _rank(order.total(weights))
+            spreads = np.sqrt(spread * own)
+            covariance = _dot(order.total(weighted), ranks)
+            np.divide(covariance, spreads, out=found[:, column], where=spreads > 0)
         return found
 
     return compute
 
 
-def _group(values: npt.NDArray[Any]) -> list[Ranking]:
-    """Return the numbers of the items that share a value, by rising value."""
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
-
-
-def _total(rows: _Floats, group: Ranking) -> _Floats:
-    total: _Floats = rows[group[0]] if len(group) == 1 else rows[group].sum(axis=0)
-    return total
-
-
-def _walk(half: _Floats, groups: Sequence[Ranking]) -> Iterator[tuple[Ranking, _Floats]]:
-    """Yield each group and its items' mean rank less the middle one, by column, of half the weights.
-
-    The rank is an array that the next step changes.
-    """
-    rank = -half.sum(axis=0)
-    for group in groups:
-        weight = _total(half, group)
-        rank += weight
-        yield group, rank
-        rank += weight
-
-
-def _spread(weights: _Floats, cubes: _Floats, groups: Sequence[Ranking]) -> _Floats:
-    """Return the sum of squared mean ranks less their middle, by column: (n^3 - the groups' sum of cubes) / 12."""
-    ties = [group for group in groups if len(group) > 1]
-    for group in ties:
-        of_group = weights[group]
-        cubes = cubes + of_group.sum(axis=0) ** 3 - np.einsum("nr,nr,nr->r", of_group, of_group, of_group)
-    spread: _Floats = (weights.sum(axis=0) ** 3 - cubes) / 12
-    return spread
+def _rank(totals: _Floats) -> tuple[_Floats, _Floats]:
+    """Return the mean rank of each run less the middle one, and the sum of their squares over all items."""
+    ranks = np.cumsum(totals, axis=1)
+    middle = ranks[:, -1:] / 2
+    ranks -= totals / 2
+    ranks -= middle
+    return ranks, _dot(totals * ranks, ranks)
 
 
 def _prepare_precision(scores: Sequence[Values], positive: npt.NDArray[np.bool_]) -> _Metric:
     """Prepare average precision as scikit-learn defines it: the sum of precision times the step of recall."""
-    grouped = [_group(-values) for values in scores]
+    orders = [_sort(-values) for values in scores]
 
     def compute(weights: _Floats) -> _Floats:
-        hits = weights * positive[:, None]
-        total = hits.sum(axis=0)
-        found = []
-        for groups in grouped:
-            area = np.zeros_like(total)
-            seen, hit, precision = np.zeros_like(total), np.zeros_like(total), np.zeros_like(total)
-            for group in groups:
-                seen += _total(weights, group)
-                if positive[group].any():
-                    step = _total(hits, group)
-                    hit += step
-                    np.divide(hit, seen, out=precision, where=seen > 0)
-                    area += precision * step
-            found.append(np.divide(area, total, out=np.zeros_like(total), where=total > 0))
-        return np.stack(found)
+        hits = weights * positive
+        found = np.zeros((len(weights), len(scores)), weights.dtype)
+        for column, order in enumerate(orders):
+            steps, seen = order.total(hits), np.cumsum(order.total(weights), axis=1)
+            hit = np.cumsum(steps, axis=1)
+            precision = np.divide(hit, seen, out=np.zeros_like(hit), where=seen > 0)
+            np.divide(_dot(steps, precision), hit[:, -1], out=found[:, column], where=hit[:, -1] > 0)
+        return found
 
     return compute
 
@@ -177,27 +167,24 @@ def _prepare_precision(scores: Sequence[Values], positive: npt.NDArray[np.bool_]
 def _prepare_v_measure(clusters: Sequence[Ranking], labels: Ranking) -> _Metric:
     """Prepare the V-measure of clusterings: 2 I(cluster; label) / (H(cluster) + H(label))."""
     n_labels = int(labels.max()) + 1
-    of_labels = _group(labels)
-    of_clusters = [(_group(found), _group(found * n_labels + labels)) for found in clusters]
+    of_labels = _sort(labels)
+    of_clusters = [(_sort(found), _sort(found * n_labels + labels)) for found in clusters]
 
     def compute(weights: _Floats) -> _Floats:
-        label_entropy = _entropy(weights, of_labels)
-        found = np.ones((len(clusters), weights.shape[1]), weights.dtype)
-        for row, (of_cluster, of_both) in zip(found, of_clusters, strict=True):
-            apart = _entropy(weights, of_cluster) + label_entropy
-            np.divide(2 * (apart - _entropy(weights, of_both)), apart, out=row, where=apart > 0)
+        label_entropy = _entropy(of_labels.total(weights))
+        found = np.ones((len(weights), len(clusters)), weights.dtype)
+        for column, (of_cluster, of_both) in enumerate(of_clusters):
+            apart = _entropy(of_cluster.total(weights)) + label_entropy
+            shared = 2 * (apart - _entropy(of_both.total(weights)))
+            np.divide(shared, apart, out=found[:, column], where=apart > 0)
         return found
 
     return compute
 
 
-def _entropy(weights: _Floats, groups: Sequence[Ranking]) -> _Floats:
-    entropy, n_drawn = np.zeros_like(weights[0]), weights.sum(axis=0)
-    for group in groups:
-        share = _total(weights, group) / n_drawn
-        entropy -= share * np.log(share, out=np.zeros_like(share), where=share > 0)
-    total: _Floats = entropy
-    return total
+def _entropy(totals: _Floats) -> _Floats:
+    share = totals / totals.sum(axis=1, keepdims=True)
+    return -_dot(share, np.log(share, out=np.zeros_like(share), where=share > 0))
 
 
 def score_rankings(

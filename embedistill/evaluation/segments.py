@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from embedistill.corpus.filtering import load_classifier
 from embedistill.corpus.selection import find_centres
 from embedistill.evaluation.comparison import MAIN, Drawn, Retention, decide, draw, retain
 from embedistill.evaluation.metrics import Items, Values, count_items, metric_value
@@ -27,6 +30,7 @@ _FEWEST = 50  # items: of fewer nothing is said
 _RESAMPLES = 1_000
 _CENTRES = 256
 _LETTERS_AN_ERROR = 15
+_RARE_LANGUAGE = 20
 
 Measure = Callable[[Sequence[str]], Values]
 """From texts to a number each, by which they are told apart."""
@@ -47,6 +51,7 @@ class Segment:
         teacher: The teacher's metric on them.
         student: The student's.
         retention: Student / teacher.
+        role: Of the student, where there are several.
     """
 
     task: str
@@ -57,6 +62,7 @@ class Segment:
     teacher: float
     student: float
     retention: Retention
+    role: str = "student"
 
 
 def find_segments(
@@ -71,7 +77,8 @@ def find_segments(
     """Return the segments of tasks, the least kept first.
 
     Args:
-        tasks: Their own columns make segments, and so does what `measures` tell of their texts, in quarters.
+        tasks: Their own columns make segments, so does what `measures` tell of their texts, in quarters, and so do
+            their languages, where py3langid is installed and tells several.
         results: Of teacher and student on them, and on them with typing errors.
         measures: By name, such as length: from texts to numbers.
         student: The role that is compared with the teacher.
@@ -86,8 +93,27 @@ def find_segments(
                 pair = by_task[name, TEACHER], by_task[name, student]
                 for column, labels in (columns or _list_columns(task, pair[0], measures)).items():
                     found += _compare(task.name, pair, column, labels, seed)
-    found.sort(key=lambda segment: segment.retention.value)
-    return [_judge(segment, len(found), margin) for segment in found]
+    return judge_segments(found, margin)
+
+
+def judge_segments(segments: Sequence[Segment], margin: float | None) -> list[Segment]:
+    """Return segments with their verdicts, corrected for the number of them (Bonferroni), the least kept first."""
+    ordered = sorted(segments, key=lambda segment: segment.retention.value)
+    return [_judge(segment, len(ordered), margin) for segment in ordered]
+
+
+def tell_languages(texts: Sequence[str]) -> list[str] | None:
+    """Return the language of each text as ISO 639-1 has it, "not told" of short texts.
+
+    A language of fewer than a twentieth of the texts is taken for an error. None where fewer than two are left, or
+    py3langid is not installed.
+    """
+    if importlib.util.find_spec("py3langid") is None:
+        return None
+    classify = load_classifier("segments by language")
+    found = [classify(text) for text in texts]
+    told = {language for language, count in Counter(found).items() if language and count * _RARE_LANGUAGE >= len(texts)}
+    return [language if language in told else "not told" for language in found] if len(told) > 1 else None
 
 
 def count_characters(texts: Sequence[str]) -> Values:
@@ -158,6 +184,8 @@ def _list_columns(task: Task, teacher: Result, measures: Mapping[str, Measure]) 
     """Return by column what each item is."""
     texts = [" ".join(some) for some in list_items(task)]
     columns: dict[str, Sequence[str]] = dict(task.columns)
+    if "language" not in columns and (languages := tell_languages(texts)):
+        columns["language"] = languages
     for name, measure in measures.items():
         columns[name] = _quarter(measure(texts))
     if nearest := teacher.details.get("nearest"):  # of pairs not: a band of similarities is hard to rank for anyone
@@ -186,11 +214,12 @@ def _compare(
             continue
         parts = [replace(result, items=_take(result.items, rows)) for result in pair]
         parts = [replace(part, metrics={metric: metric_value(part.items, metric)}) for part in parts]
-        drawn = draw(parts, metric, _RESAMPLES, seed)
+        (drawn,) = draw(parts, _RESAMPLES, seed)
         kept = retain(drawn, None)
         if kept and _is_sure(drawn):
             teacher, student = (part.metrics[metric] for part in parts)
-            yield Segment(task, column, value, metric, len(rows), teacher, student, kept[pair[1].role])
+            role = pair[1].role
+            yield Segment(task, column, value, metric, len(rows), teacher, student, kept[role], role)
 
 
 def _take(items: Items, rows: Any) -> dict[str, list[Any]]:

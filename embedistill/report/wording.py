@@ -141,9 +141,11 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def name_segment(segment: Segment) -> str:
-    """Return a segment in words, such as STS17, language: de."""
-    return f"{segment.task}, {segment.column}: {segment.value}"
+def name_segment(segment: Segment, report: Report) -> str:
+    """Return a segment in words, such as STS17, language: de; where several students are judged, of which."""
+    roles = list_roles(report)
+    student = f"{roles.names[segment.role]}, " if len(roles.judged) > 1 else ""
+    return f"{student}{segment.task}, {segment.column}: {segment.value}"
 
 
 def explain_verdict(report: Report) -> list[str]:
@@ -194,7 +196,7 @@ def explain_segments(report: Report) -> Iterator[str]:
     """Yield which segments fail, the worst first, where any does."""
     failed = [segment for segment in report.segments if segment.retention.verdict == "FAIL"]
     if failed and report.segment_margin is not None:
-        names = [f"{name_segment(segment)}, {format_interval(segment.retention)}" for segment in failed]
+        names = [f"{name_segment(segment, report)}, {format_interval(segment.retention)}" for segment in failed]
         yield f"Surely less than {100 * (1 - report.segment_margin):g} % is kept on the segment {_join(names)}."
 
 
