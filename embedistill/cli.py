@@ -218,6 +218,7 @@ def benchmark(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     margin: MarginOption = None,
+    segment_margin: SegmentMarginOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -225,7 +226,7 @@ def compare(
     _hush()
     from embedistill import judgement
 
-    found = judgement.compare(*runs, margin=margin, out=out)
+    found = judgement.compare(*runs, margin=margin, segment_margin=segment_margin, out=out)
     _print_report(found, as_json)
     _exit(found)
 

@@ -31,7 +31,7 @@ from embedistill.evaluation.segments import (
     make_distance_measure,
     make_piece_measure,
 )
-from embedistill.evaluation.tasks import Task
+from embedistill.evaluation.tasks import AgreementTask, Task
 from embedistill.evaluation.trial import (
     STUDENT,
     Candidate,
@@ -107,6 +107,9 @@ def evaluate(
     run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
     local = LocalEncoder(locate(teacher, models_dir=cache / "models"), choose_dtype("auto")) if teacher else None
     vectors = CachedTeacher(local, cache / "embeddings").vectors if local else None
+    agreement = [task.name for task in loaded if isinstance(task, AgreementTask)]
+    if agreement and teacher is None:
+        raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", "give --teacher too")
     student = locate(str(run / "model" if run else model), models_dir=cache / "models")
     candidates = [make_candidate(STUDENT, student, _find_space(student.path, local.located if local else None))]
     if local and vectors:
@@ -225,23 +228,31 @@ def choose_measures(
     return measures
 
 
-def compare(*runs: str | Path, margin: float | None = None, out: str | Path | None = None) -> Report:
+def compare(
+    *runs: str | Path,
+    margin: float | None = None,
+    segment_margin: float | None = None,
+    out: str | Path | None = None,
+) -> Report:
     """Compare the students of runs that have the same teacher, on the tasks that were scored on the same items.
 
     Args:
         runs: Folders of finished runs.
         margin: What may be lost; default: 0.03.
+        segment_margin: What a part of a task may lose; default: twice the margin.
         out: Folder for report.json and report.html.
 
     Raises:
         UsageError: A folder is no finished run, or the runs have no task with the same items.
     """
     allowed = check_margin("margin", margin)
+    gate = _default_gate(allowed) if segment_margin is None else check_margin("segment_margin", segment_margin)
     folders = [Path(run) for run in runs]
     reports = [load_report(folder) for folder in folders]
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
     names = _distinct_names(folders)
-    teachers = {task: found for (task, role), found in results[0].items() if role == TEACHER and MISSPELT not in task}
+    plain = {key: found for key, found in results[0].items() if not key[0].startswith(MISSPELT)}
+    teachers = {task: found for (task, role), found in plain.items() if role == TEACHER}
     shared = [
         task
         for task, teacher in teachers.items()
@@ -257,7 +268,6 @@ def compare(*runs: str | Path, margin: float | None = None, out: str | Path | No
     for name, report in zip(names, reports, strict=True):
         models.append(replace(next(model for model in report.models if model.role == STUDENT), role=name))
     comparisons, differences = compare_results(chosen, resamples=RESAMPLES, seed=SEED, margin=allowed)
-    gate = _default_gate(allowed)
     segments = [
         replace(segment, role=name)
         for name, own in zip(names, reports, strict=True)

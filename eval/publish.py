@@ -23,7 +23,9 @@ from sentence_transformers import SentenceTransformer
 from embedistill.corpus.records import load_corpus
 from embedistill.evaluation.comparison import MAIN, Comparison, compare_results
 from embedistill.evaluation.scoring import load_results
+from embedistill.evaluation.segments import MISSPELT
 from embedistill.files import read_json, write_json, write_text
+from embedistill.judgement import RESAMPLES, SEED
 from embedistill.recipe import load_recipe
 from embedistill.teacher import default_cache_dir, load, locate
 
@@ -33,7 +35,6 @@ STS = ["STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark", "SICK-R"]
 RETRIEVAL = ["MEDLINE", "Cranfield", "LiveQAMed"]
 MEANS = {"STS mean": STS, "retrieval mean": RETRIEVAL}
 ROLES = ("teacher", "student")
-RESAMPLES, SEED = 10_000, 42
 
 HEAD = """# Results
 
@@ -116,7 +117,7 @@ def compare(folder: Path) -> list[Comparison]:
     results = [
         replace(result, metrics={name: value for name, value in result.metrics.items() if name in MAIN})
         for result in load_results(folder)
-        if result.role in ROLES
+        if result.role in ROLES and not result.task.startswith(MISSPELT)
     ]
     rows: list[Comparison] = []
     published = {task for names in MEANS.values() for task in names}

@@ -124,16 +124,20 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> 
     rng = random.Random(5)
     (folder / "sts").mkdir()
     for name in ("STSBenchmark", "STS12"):
-        pairs = [(write_sentence(rng, 7), write_sentence(rng, 7), rng.randint(0, 5)) for _ in range(40)]
-        rows = [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in pairs]
+        rows = []
+        for number in range(40):
+            first, other = write_sentence(rng, 7), write_sentence(rng, 7)
+            shared = number % 6  # words that the two begin with
+            second = " ".join([*first.split()[:shared], *other.split()[shared:]])
+            rows.append({"sentence1": first, "sentence2": second, "score": shared})
         (folder / "sts" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     beir = folder / "retrieval" / "Tiny"
     (beir / "qrels").mkdir(parents=True)
     documents = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(sentences[:30])]
-    queries = [{"_id": f"q{i}", "text": " ".join(text.split()[:4])} for i, text in enumerate(sentences[:10])]
+    queries = [{"_id": f"q{i}", "text": " ".join(text.split()[:4])} for i, text in enumerate(sentences[:20])]
     (beir / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
     (beir / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    judged = [f"q{i}\td{i}\t2\n" for i in range(10)] + ["q0\td5\t1\n"]
+    judged = [f"q{i}\td{i}\t2\n" for i in range(20)] + ["q0\td5\t1\n"]
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(judged))
     return folder
 

@@ -132,6 +132,17 @@ def test_retrieval_is_trec_evals_and_knows_queries_from_documents(folder: Path) 
     assert scores["SciFact"] == pytest.approx(expected, abs=1e-5)  # mteb rounds to five digits
 
 
+def test_mteb_leaves_out_a_document_that_is_the_query_itself(folder: Path) -> None:
+    """In ArguAna queries stand in the corpus, under the same id."""
+    beir = folder / "retrieval" / "ArguAna"
+    texts = {"a": "red green", "b": "red green blue", "c": "white"}
+    for name in ("corpus", "queries"):
+        write_rows(beir / f"{name}.jsonl", ({"_id": i, "text": text} for i, text in texts.items()))
+    (beir / "qrels").mkdir()
+    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\tb\t1\nb\ta\t1\n")
+    assert run(["ArguAna"], Words(), folder) == {"ArguAna": 1.0}
+
+
 def test_classification_clustering_and_pairs_run(folder: Path) -> None:
     names = ["Banking77Classification", "TwentyNewsgroupsClustering.v2", "TwitterURLCorpus"]
     scores = run(names, Words(), folder)

@@ -93,6 +93,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "bad.yaml").write_text("name: x\ntraining: {minuts: 3}\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     cases = [
         (("validate", "bad.yaml"), "bad.yaml:2: training.minuts: unknown key"),
         (("validate", "nowhere.yaml"), "nowhere.yaml: no such file"),
@@ -103,6 +104,8 @@ def test_wrong_use_is_one_message_and_exit_code_2(
         (("evaluate", "m", "--task", "STS12", "--margin", "0.1"), "margin: no teacher to keep anything of"),
         (("evaluate", "m"), "tasks: none, and no folder of them; expected names of tasks, or --data DIR"),
         (("evaluate", "m", "--task", "x.jsonl", "--segment-margin", "5"), "segment_margin: 5.0; expected a share"),
+        (("compare", "nowhere", "--segment-margin", "5"), "segment_margin: 5.0; expected a share"),
+        (("evaluate", "m", "--task", "texts.jsonl"), "texts: texts alone; expected a teacher to agree with"),
         (("evaluate", "m", "--task", "STS12", "--index", "tree"), "tree"),
         (("benchmark", "m"), "tasks: none, and no folder with data; expected names of mteb's tasks, or --data DIR"),
         (("benchmark", "nowhere", "--task", "STS12"), "model nowhere: not found"),

@@ -8,7 +8,8 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, v_measure_score
 
 from embedistill.errors import EmbedistillError
-from embedistill.evaluation.comparison import STS_MEAN, Retention, _count_needed, compare_results, correct, decide
+from embedistill.evaluation import probes
+from embedistill.evaluation.comparison import Retention, _count_needed, compare_results, correct, decide
 from embedistill.evaluation.costs import measure_start
 from embedistill.evaluation.metrics import (
     _prepare,
@@ -31,6 +32,7 @@ from embedistill.evaluation.tasks import (
     StsTask,
     make_known_item_task,
 )
+from embedistill.report.document import Report
 
 RNG = np.random.default_rng(0)
 
@@ -165,7 +167,7 @@ def test_the_mean_of_sts_sets_is_the_ratio_of_means() -> None:
             cosine = list(np.array(score) + noise * RNG.normal(size=60))
             results.append(result(role, task, {"cosine": cosine, "score": score}))
     (*single, mean), _ = compare_results(results, resamples=200, seed=0)
-    assert mean.task == STS_MEAN
+    assert mean.task == "STS mean"
     assert mean.values["student"] == pytest.approx(np.mean([row.values["student"] for row in single]))
     assert mean.retention["student"].value == pytest.approx(mean.values["student"] / mean.values["teacher"])
     assert mean.retention["student"].low < mean.retention["student"].value < mean.retention["student"].high
@@ -174,6 +176,32 @@ def test_the_mean_of_sts_sets_is_the_ratio_of_means() -> None:
 def test_a_teacher_at_zero_has_no_retention() -> None:
     results = [result("teacher", "T", {"m": [0.0, 0.0]}), result("student", "T", {"m": [1.0, 0.0]})]
     assert compare_results(results, resamples=100, seed=0)[0][0].retention == {}
+
+
+def test_a_teacher_below_zero_has_nothing_to_keep_and_one_near_zero_decides_nothing() -> None:
+    teacher, better = [-1.0] * 30 + [0.5] * 10, [1.0] * 40
+    results = [result("teacher", "T", {"ndcg@10": teacher}), result("student", "T", {"ndcg@10": better})]
+    rows = compare_results(results, resamples=100, seed=0, margin=0.03)[0]
+    assert rows[0].retention == {}
+    assert Report("r", [], rows, 0.03).verdict == "UNDECIDED"
+    weak = list(0.1 + RNG.normal(size=40))
+    results = [result("teacher", "T", {"ndcg@10": weak}), result("student", "T", {"ndcg@10": [5 * v for v in weak]})]
+    kept = compare_results(results, resamples=100, seed=0, margin=0.03)[0][0].retention["student"]
+    assert (kept.value, kept.verdict, kept.items_needed) == (pytest.approx(5), "UNDECIDED", None)
+
+
+def test_a_few_items_decide_nothing() -> None:
+    """Of three items that all fell, a test by their signs is sure to one in four, not one in thousands."""
+    for n_items, verdict in ((3, "UNDECIDED"), (20, "FAIL")):
+        teacher = [0.9, 0.8, 0.7, 0.9] * 5
+        results = [
+            result(role, "T", {"ndcg@10": [share * value for value in teacher[:n_items]]})
+            for role, share in (("teacher", 1.0), ("student", 0.5))
+        ]
+        rows, (tested,) = compare_results(results, resamples=5000, seed=0, margin=0.03)
+        assert rows[0].retention["student"].verdict == verdict
+        assert tested.p_value == pytest.approx(0.25 if n_items == 3 else 2 / 5001)
+    assert rows[0].retention["student"].items_needed is None
 
 
 def test_an_undecided_student_is_told_how_many_items_would_decide() -> None:
@@ -322,6 +350,17 @@ def test_similarities_of_a_model_that_halves_them_are_found_out() -> None:
     assert kept["overlap@10"] == pytest.approx([1.0] * 200)
     assert kept["rank_correlation"] == pytest.approx([1.0] * 200, abs=1e-3)
     assert "cosine" not in kept
+
+
+def test_rank_correlation_is_scipys_without_the_text_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "_REFERENCES", 8)  # texts in three blocks
+    model, teacher = (RNG.normal(size=(20, 5)).astype("f4") for _ in range(2))
+    model[11] = model[12]  # a tie
+    found = agree(model, teacher, None)["rank_correlation"]
+    for row in range(20):
+        others = [other for other in range(8) if other != row]
+        expected = stats.spearmanr(model[row] @ model[others].T, teacher[row] @ teacher[others].T).statistic
+        assert found[row] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_probe_and_clusters_find_what_is_there() -> None:

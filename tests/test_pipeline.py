@@ -206,6 +206,8 @@ def test_a_comparison_has_the_segments_of_all_its_runs(finished: Path, tmp_path:
     both = compare(tmp_path / "good", tmp_path / "weak", out=tmp_path / "both")
     assert [(one.role, one.retention.verdict) for one in both.segments] == [("weak", "FAIL"), ("good", "PASS")]
     assert both.verdict == "FAIL"
+    wide = compare(tmp_path / "good", tmp_path / "weak", margin=0.6, segment_margin=0.7)
+    assert {one.retention.verdict for one in wide.segments} == {"PASS"}
     assert "weak, STS12, source: forum" in (tmp_path / "both" / "report.html").read_text()
 
 

@@ -18,8 +18,8 @@ from embedistill.evaluation.costs import ModelFacts, measure_speed
 from embedistill.evaluation.segments import Segment
 from embedistill.report import figures
 from embedistill.report.document import Report, load_report, save_report
-from embedistill.report.rendering import format_retention, to_table, write_page
-from embedistill.report.wording import explain_verdict, format_seconds, shorten
+from embedistill.report.rendering import to_table, write_page
+from embedistill.report.wording import explain_verdict, format_retention, format_seconds, shorten
 
 FROZEN = Path(__file__).parent / "reports"
 FIGURES = {

@@ -7,18 +7,20 @@ import pytest
 from conftest import make_tokenizer
 
 from embedistill.errors import UsageError
-from embedistill.evaluation.comparison import MAIN
+from embedistill.evaluation.comparison import MAIN, Retention
 from embedistill.evaluation.metrics import metric_value
 from embedistill.evaluation.scoring import Result
 from embedistill.evaluation.segments import (
     MISSPELT,
+    Segment,
     count_characters,
     find_segments,
+    judge_segments,
     make_distance_measure,
     make_piece_measure,
     misspell,
 )
-from embedistill.evaluation.tasks import AgreementTask, ClassificationTask, RetrievalTask, StsTask
+from embedistill.evaluation.tasks import AgreementTask, ClassificationTask, ClusteringTask, RetrievalTask, StsTask
 from embedistill.evaluation.trial import find_contamination, find_disagreements, score_all
 from embedistill.judgement import judge
 from embedistill.report.document import Report
@@ -133,6 +135,34 @@ def test_agreement_has_segments_without_a_verdict() -> None:
     assert (worst.value, worst.student, worst.retention.verdict) == ("s3", pytest.approx(0.5), None)
 
 
+def test_models_are_compared_by_what_both_have() -> None:
+    """A student that is not in its teacher's space has no cosine to it."""
+    texts = [str(number) for number in range(N)]
+    task = AgreementTask("agreement", texts, {"source": SOURCES})
+    overlap = [0.2] * 7 + [0.9] * (N - 7)
+    scored = [
+        Result("agreement", "teacher", "t", {"cosine": 1.0, "overlap@10": 1.0}, {"cosine": [1.0] * N} | whole(1.0)),
+        Result("agreement", "student", "s", {"overlap@10": float(np.mean(overlap))}, {"overlap@10": overlap}),
+    ]
+    assert {one.metric for one in find_segments([task], scored, {}, student="student", seed=0)} == {"overlap@10"}
+    worst = find_disagreements([task], scored)[0]
+    assert (worst["value"], worst["teacher"], worst["student"]) == ("overlap@10", 1.0, 0.2)
+
+
+def whole(value: float) -> dict[str, list[float]]:
+    return {"overlap@10": [value] * N}
+
+
+def test_verdicts_on_segments_are_corrected_for_those_of_the_same_student() -> None:
+    """At the edge: one of 40 is not sure, the only one of its student is."""
+    edge = Segment("T", "source", "a", "ndcg@10", 60, 1.0, 0.92, Retention(0.92, 0.905, 0.935))
+    sure = replace(edge, role="other", retention=Retention(1.0, 0.99, 1.01))
+    unjudged = [replace(sure, metric="cosine", role="student")] * 40
+    alone = judge_segments([edge, *unjudged, *[sure] * 40], 0.06)[0]
+    among = judge_segments([edge, *[replace(sure, role="student")] * 39], 0.06)[0]
+    assert (alone.retention.verdict, among.retention.verdict) == ("FAIL", "UNDECIDED")
+
+
 def test_misspelt_texts_have_an_error_in_fifteen_letters_or_so() -> None:
     texts = ["the quick brown fox jumps over the lazy dog"] * 200
     spoilt = misspell(StsTask("T", texts, texts, [1.0] * 200), seed=0)
@@ -144,6 +174,8 @@ def test_misspelt_texts_have_an_error_in_fifteen_letters_or_so() -> None:
     search = RetrievalTask("R", texts[:1], texts[:1], [{0: 1.0}])
     assert misspell(search, seed=0).documents == texts[:1]  # type: ignore[union-attr]
     assert misspell(StsTask("T", ["a"], ["b"], [1.0]), seed=3).sentences1[0]  # type: ignore[union-attr]
+    clusters = ClusteringTask("K", texts, ["x"] * 200)
+    assert misspell(clusters, seed=0).texts != texts  # type: ignore[union-attr]
 
 
 def test_pieces_of_a_word() -> None:

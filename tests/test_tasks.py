@@ -28,7 +28,7 @@ def test_sets_from_a_folder(data_dir: Path) -> None:
     assert len(sts.sentences1) == len(sts.scores) == 40
     tiny = load_task("Tiny", data_dir)
     assert isinstance(tiny, RetrievalTask)
-    assert (len(tiny.queries), len(tiny.documents)) == (10, 30)
+    assert (len(tiny.queries), len(tiny.documents)) == (20, 30)
     assert tiny.relevance[0] == {0: 2.0, 5: 1.0}
 
 
@@ -85,9 +85,41 @@ def test_bad_sets_say_where(tmp_path: Path) -> None:
     path.write_bytes(b'{"sentence1": "\xff"}')
     with pytest.raises(UsageError, match=r"X\.jsonl:1: byte 0xff is not UTF-8"):
         load_task("X", tmp_path)
-    path.write_text("")
-    with pytest.raises(UsageError, match="0 pairs; expected two"):
-        load_task("X", tmp_path)
+    row = '{"sentence1": "a", "sentence2": "b", "score": 3}\n'
+    for text, message in (
+        ("", "nothing in it; expected an object with sentence1, sentence2, score a line"),
+        (row * 3, "3 pairs with the same score; expected two different scores"),
+        (row.replace("b", "cut \\ud83d"), r"X\.jsonl:1: sentence2 has half of a surrogate pair"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            load_task("X", tmp_path)
+
+
+def test_every_file_may_be_packed_or_named_test(tmp_path: Path) -> None:
+    pairs = [{"sentence1": "a", "sentence2": "b", "score": n} for n in (1, 2)]
+    write_rows(tmp_path / "sts" / "S.test.jsonl", pairs)
+    write_rows(tmp_path / "classification" / "C.train.jsonl.gz", labelled("a b", "x y"))
+    write_rows(tmp_path / "classification" / "C.test.jsonl", labelled("c d", "x y"))
+    beir = tmp_path / "retrieval" / "R"
+    write_rows(beir / "corpus.jsonl.gz", [{"_id": f"d{n}", "text": f"document {n}"} for n in range(3)])
+    write_rows(beir / "queries.jsonl.gz", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(2)])
+    (beir / "qrels").mkdir()
+    judged = b"query-id\tcorpus-id\tscore\nq0\td2\t1\nq1\td0\t2\n"
+    (beir / "qrels" / "test.tsv.gz").write_bytes(gzip.compress(judged))
+    assert list_tasks(tmp_path) == ["S", "C", "R"]
+    sts, classification, retrieval = load_tasks(["S", "C", "R"], tmp_path, skip_missing=False)
+    assert isinstance(sts, StsTask)
+    assert isinstance(classification, ClassificationTask)
+    assert isinstance(retrieval, RetrievalTask)
+    assert retrieval.relevance == [{2: 1.0}, {0: 2.0}]
+    assert (retrieval.query_ids, retrieval.document_ids) == (["q0", "q1"], ["d0", "d1", "d2"])
+    write_rows(beir / "queries.jsonl.gz", [{"_id": "q0", "text": "a"}, {"_id": "q0", "text": "b"}])
+    with pytest.raises(UsageError, match=r"queries\.jsonl\.gz:2: _id 'q0' for the second time"):
+        load_task("R", tmp_path)
+    (beir / "queries.jsonl.gz").unlink()
+    with pytest.raises(UsageError, match=r"R: no queries\.jsonl; expected corpus\.jsonl, queries\.jsonl and"):
+        load_task("R", tmp_path)
 
 
 def test_a_saved_set_is_the_same(data_dir: Path, tmp_path: Path) -> None:
@@ -171,6 +203,11 @@ def test_a_file_of_ones_own_is_what_its_columns_say(tmp_path: Path) -> None:
     texts = load_task(str(write_rows(tmp_path / "t.jsonl", [{"text": "a", "source": "s"}, {"text": "b"}])), None)
     assert isinstance(texts, AgreementTask)
     assert texts.columns == {"source": ["s", ""]}
+    judged = [("q1", "a", 1), ("q2", "b", 2), ("q1", "b", 1), ("q1", "a", 0)]  # a row a judgement, one doubled
+    flat = [{"query": query, "documents": [text], "relevance": [grade]} for query, text, grade in judged]
+    merged = load_task(str(write_rows(tmp_path / "flat.jsonl", flat)), None)
+    assert isinstance(merged, RetrievalTask)
+    assert (merged.queries, merged.relevance) == (["q1", "q2"], [{0: 1.0, 1: 1.0}, {1: 2.0}])
     rows[0]["relevance"] = [1]
     with pytest.raises(UsageError, match=r"bad.jsonl:1: documents and relevance; expected two lists of the same"):
         load_task(str(write_rows(tmp_path / "bad.jsonl", rows)), None)

@@ -25,6 +25,8 @@ from embedistill.progress import progress_bar
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 _HUB = "hf:org/dataset[:config][:split][#text column]"
 _SPLITS = {"train", "validation", "test", "dev"}
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands, and its columns."""
@@ -139,7 +141,7 @@ def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: in
     if not isinstance(value, str):
         found = "null" if value is None else f"{type(value).__name__} {value!r:.60}"
         return UsageError(where, f"{column} is {found}", "a string", mend)
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if HALF_PAIR.search(value):
         return UsageError(where, f"{column} has half of a surrogate pair", "text that UTF-8 can hold", mend)
     if len(value) > max_characters:
         return UsageError(where, f"{column} has {len(value):,} characters", f"at most {max_characters:,}", mend)

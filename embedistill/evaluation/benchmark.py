@@ -310,15 +310,14 @@ def _give_pairs(task: Any, own: PairTask) -> Any:
 def _give_retrieval(_: Any, own: RetrievalTask) -> Any:
     import datasets
 
-    documents = [{"id": str(number), "title": "", "text": text} for number, text in enumerate(own.documents)]
+    documents = zip(own.document_ids, own.documents, strict=True)
+    queries = zip(own.query_ids, own.queries, strict=True)
     split = {
-        "corpus": datasets.Dataset.from_list(documents),
-        "queries": datasets.Dataset.from_list(
-            [{"id": f"q{row}", "text": text} for row, text in enumerate(own.queries)]
-        ),
+        "corpus": datasets.Dataset.from_list([{"id": name, "title": "", "text": text} for name, text in documents]),
+        "queries": datasets.Dataset.from_list([{"id": name, "text": text} for name, text in queries]),
         "relevant_docs": {
-            f"q{row}": {str(number): int(grade) for number, grade in judged.items()}
-            for row, judged in enumerate(own.relevance)
+            query: {own.document_ids[number]: int(grade) for number, grade in judged.items()}
+            for query, judged in zip(own.query_ids, own.relevance, strict=True)
         },
         "top_ranked": None,
     }

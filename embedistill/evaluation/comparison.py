@@ -31,7 +31,8 @@ MAIN = {
     AVERAGE_PRECISION: "pairs",
 }
 """The metrics that are judged, one a kind of task, and the kind."""
-STS_MEAN = "STS mean"
+_FEWEST = 20
+"""Items: of fewer, nothing is decided, as a bootstrap of them says too little."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Retention:
     """Student metric / teacher metric on the same items, with a 95 % interval, and the verdict against a margin.
 
     Where the verdict is UNDECIDED, `items_needed` says about how many items would decide it, were the value the true
-    one: an interval narrows with the root of their number.
+    one: an interval narrows with the root of their number. On fewer than twenty items, or where the teacher is not
+    surely above zero, it is always UNDECIDED.
     """
 
     value: float
@@ -164,17 +166,27 @@ def _average(drawn: Sequence[Drawn]) -> Iterator[Drawn]:
 
 
 def retain(drawn: Drawn, margin: float | None) -> dict[str, Retention]:
-    """Return the retention of every role but the teacher."""
-    if not drawn.values.get(TEACHER):
-        return {}  # a teacher at zero has nothing to keep
+    """Return the retention of every role but the teacher; nothing where the teacher is not above zero."""
+    if drawn.values.get(TEACHER, 0.0) <= 0:
+        return {}  # there is nothing to keep
     retentions = {}
     reference = np.where(drawn.draws[TEACHER] == 0, np.nan, drawn.draws[TEACHER])
+    is_sure = bool(np.percentile(drawn.draws[TEACHER], 2.5) > 0)
     for role, value in drawn.values.items():
         if role != TEACHER:
             low, high = (float(bound) for bound in np.nanpercentile(drawn.draws[role] / reference, [2.5, 97.5]))
             kept = Retention(value / drawn.values[TEACHER], low, high, decide(low, high, margin))
-            retentions[role] = replace(kept, items_needed=_count_needed(kept, drawn.n_items, margin))
+            if margin is not None and not (is_sure and drawn.n_items >= _FEWEST):
+                kept = replace(kept, verdict="UNDECIDED")
+            needed = _count_needed(kept, drawn.n_items, margin) if is_sure else None
+            retentions[role] = replace(kept, items_needed=needed)
     return retentions
+
+
+def choose_metric(first: Result, second: Result) -> str:
+    """Return the metric that two models are compared by on a task: the main one, else the first that both have."""
+    both = [name for name in first.metrics if name in second.metrics]
+    return next((name for name in both if name in MAIN), both[0])
 
 
 def decide(low: float, high: float, margin: float | None) -> Verdict | None:
@@ -192,7 +204,7 @@ def _count_needed(kept: Retention, n_items: int, margin: float | None) -> int | 
         return None
     distance = kept.value - (1 - margin)
     half = kept.value - kept.low if distance > 0 else kept.high - kept.value
-    return math.ceil(n_items * (half / distance) ** 2) if abs(distance) > 1e-4 else None
+    return max(_FEWEST, math.ceil(n_items * (half / distance) ** 2)) if abs(distance) > 1e-4 else None
 
 
 def _test(drawn: Sequence[Drawn]) -> list[Difference]:
@@ -211,6 +223,7 @@ def _subtract(drawn: Drawn, first: str, second: str) -> Difference:
     draws = drawn.draws[first] - drawn.draws[second]
     low, high = (float(bound) for bound in np.percentile(draws, [2.5, 97.5]))
     p = float(min(1.0, 2 * (1 + min(np.sum(draws <= 0), np.sum(draws >= 0))) / (1 + len(draws))))
+    p = max(p, 2.0 ** (1 - drawn.n_items))  # as few as n items can be that sure, by their signs
     value = drawn.values[first] - drawn.values[second]
     return Difference(drawn.task, drawn.metric, first, second, value, low, high, p, p)
 

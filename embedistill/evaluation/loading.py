@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from embedistill import hub
-from embedistill.corpus.reading import read_text_lines
+from embedistill.corpus.reading import HALF_PAIR, read_text_lines
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.evaluation.tasks import (
     AgreementTask,
@@ -45,8 +46,8 @@ def load_task(name: str, folder: Path | None) -> Task:
 
     A folder has `sts/NAME.jsonl` and `pairs/NAME.jsonl` (sentence1, sentence2, and score or label), `retrieval/NAME/`
     in BEIR form, `classification/NAME.train.jsonl` beside `NAME.test.jsonl`, and `clustering/NAME.jsonl` (text, label);
-    every .jsonl may be a .jsonl.gz. A file of one's own has rows of sentence1, sentence2 and score, of a query, its
-    documents and their relevance, or of a text alone. A column source, subset, category,
+    every file may be a .gz, and a NAME.jsonl a NAME.test.jsonl. A file of one's own has rows of sentence1, sentence2
+    and score, of a query, its documents and their relevance, or of a text alone. A column source, subset, category,
     genre or language makes segments.
 
     Raises:
@@ -59,19 +60,25 @@ def load_task(name: str, folder: Path | None) -> Task:
         return _load_from_hub(name)
     if not folder.is_dir():
         raise UsageError(f"evaluation.data: {folder}", "no such folder", do="check the path")
+    if (folder / "retrieval" / name).is_dir():
+        return _load_retrieval(name, folder / "retrieval" / name)
     readers: dict[str, Callable[[str, Path], Task]] = {
-        f"sts/{name}.jsonl": _load_sts,
-        f"pairs/{name}.jsonl": _load_pairs,
-        f"retrieval/{name}": _load_retrieval,
-        f"classification/{name}.test.jsonl": _load_classification,
-        f"clustering/{name}.jsonl": _load_clustering,
+        "sts": _load_sts,
+        "pairs": _load_pairs,
+        "classification": _load_classification,
+        "clustering": _load_clustering,
     }
-    for place, read in readers.items():
-        for path in (folder / place, folder / f"{place}.gz"):
-            if path.exists():
+    for kind, read in readers.items():
+        for place in (folder / kind / f"{name}.test.jsonl", folder / kind / f"{name}.jsonl"):
+            if path := find_file(place):
                 return read(name, path)
     found = ", ".join(list_tasks(folder)) or "none there"
     raise UsageError(f"evaluation.tasks: {name}", f"not in {folder}", f"one of: {found}")
+
+
+def find_file(path: Path) -> Path | None:
+    """Return the path of a file or of its .gz, whichever there is."""
+    return next((found for found in (path, path.with_name(f"{path.name}.gz")) if found.is_file()), None)
 
 
 def is_file(name: str) -> bool:
@@ -139,9 +146,10 @@ def _load_sts(name: str, path: Path) -> StsTask:
 
 
 def _to_sts(name: str, where: str, rows: Sequence[_Row]) -> StsTask:
-    if len(rows) < 2:
-        raise UsageError(where, f"{len(rows)} pairs", "two at the very least")
     first, second, scores = ([row[key] for row in rows] for key in _STS_COLUMNS)
+    if len({float(score) for score in scores}) < 2:
+        found = f"{len(rows)} pairs with the same score"
+        raise UsageError(where, found, "two different scores at the very least: there is nothing to rank")
     return StsTask(name, first, second, [float(score) for score in scores], _segment_columns(rows))
 
 
@@ -154,9 +162,9 @@ def _load_pairs(name: str, path: Path) -> PairTask:
 
 
 def _load_classification(name: str, path: Path) -> ClassificationTask:
-    beside = path.with_name(path.name.replace(".test.jsonl", ".train.jsonl"))
-    if not beside.is_file():
-        raise UsageError(str(path), f"no {beside.name} beside it", "texts with labels to fit a probe on")
+    beside = find_file(path.with_name(f"{name}.train.jsonl"))
+    if beside is None:
+        raise UsageError(str(path), f"no {name}.train.jsonl beside it", "texts with labels to fit a probe on")
     fitted, rows = (_read_rows(file, _TEXT_COLUMNS) for file in (beside, path))
     known = {str(row["label"]) for row in fitted}
     strange = sorted({str(row["label"]) for row in rows} - known)
@@ -177,45 +185,77 @@ def _load_clustering(name: str, path: Path) -> ClusteringTask:
 
 
 def _load_retrieval(name: str, folder: Path) -> RetrievalTask:
-    corpus = folder / "corpus.jsonl.gz" if (folder / "corpus.jsonl.gz").is_file() else folder / "corpus.jsonl"
-    documents = {
-        row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _read_rows(corpus, ("_id", "text"))
-    }
-    queries = {row["_id"]: row for row in _read_rows(folder / "queries.jsonl", ("_id", "text"))}
+    corpus, asked, judgements = (
+        _find_part(folder, part) for part in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+    )
+    documents, queries = _read_by_id(corpus), _read_by_id(asked)
     numbers = {document: number for number, document in enumerate(documents)}
     relevance: dict[str, dict[int, float]] = {}
-    judgements = folder / "qrels" / "test.tsv"
-    for line, row in enumerate(judgements.read_text(encoding="utf-8").splitlines()[1:], start=2):
+    for where, line in islice(read_text_lines(judgements), 1, None):
+        row = line.rstrip("\r\n")
         fields = row.split("\t")
         if len(fields) != 3 or fields[0] not in queries or fields[1] not in numbers or not _is_number(fields[2]):
-            raise UsageError(f"{judgements}:{line}", repr(row), "a query, a document of the corpus, a score; with tabs")
+            raise UsageError(where, repr(row), "a query, a document of the corpus, a score; with tabs")
         relevance.setdefault(fields[0], {})[numbers[fields[1]]] = float(fields[2])
+    judged = _keep_answered(judgements, relevance)
+    rows = [queries[query] for query in judged]
+    return RetrievalTask(
+        name,
+        [row["text"] for row in rows],
+        [f"{row.get('title') or ''} {row['text']}".strip() for row in documents.values()],
+        list(judged.values()),
+        _segment_columns(rows),
+        query_ids=list(judged),
+        document_ids=list(documents),
+    )
+
+
+def _find_part(folder: Path, part: str) -> Path:
+    found = find_file(folder / part)
+    if found is None:
+        raise UsageError(str(folder), f"no {part}", "corpus.jsonl, queries.jsonl and qrels/test.tsv, as BEIR has them")
+    return found
+
+
+def _read_by_id(path: Path) -> dict[str, _Row]:
+    rows: dict[str, _Row] = {}
+    for where, row in _iter_rows(path, ("_id", "text")):
+        if row["_id"] in rows:
+            raise UsageError(where, f"_id {row['_id']!r:.60} for the second time", "an _id of its own a row")
+        rows[row["_id"]] = row
+    return rows
+
+
+def _keep_answered(path: Path, relevance: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Return the queries with a relevant document."""
     judged = {query: judged for query, judged in relevance.items() if any(score > 0 for score in judged.values())}
     if len(judged) < 2:
-        raise UsageError(str(judgements), f"{len(judged)} queries with a relevant document", "two at the very least")
-    rows = [queries[query] for query in judged]
-    texts = [row["text"] for row in rows]
-    return RetrievalTask(name, texts, list(documents.values()), list(judged.values()), _segment_columns(rows))
+        raise UsageError(str(path), f"{len(judged)} queries with a relevant document", "two at the very least")
+    return judged
 
 
 def _load_search(name: str, path: Path) -> RetrievalTask:
-    """Load rows of a query, some documents, and the relevance of each; all rows' documents together are the corpus."""
+    """Load rows of a query, some documents, and the relevance of each; all rows' documents together are the corpus.
+
+    A query may have several rows. Of a document that is judged twice for a query the greater relevance counts.
+    """
     numbers: dict[str, int] = {}
-    relevance: list[dict[int, float]] = []
-    rows = []
+    relevance: dict[str, dict[int, float]] = {}
+    rows: dict[str, _Row] = {}
     for where, row in _iter_rows(path, ("query",)):
         documents, grades = row.get("documents"), row.get("relevance")
         if not isinstance(documents, list) or not isinstance(grades, list) or len(documents) != len(grades):
             raise UsageError(where, "documents and relevance", "two lists of the same length")
         if not all(isinstance(document, str) for document in documents) or not all(map(_is_number, grades)):
             raise UsageError(where, "documents and relevance", "texts and numbers")
-        judged = [numbers.setdefault(document, len(numbers)) for document in documents]
-        if any(float(grade) > 0 for grade in grades):
-            rows.append(row)
-            relevance.append(dict(zip(judged, map(float, grades), strict=True)))
-    if len(rows) < 2:
-        raise UsageError(str(path), f"{len(rows)} queries with a relevant document", "two at the very least")
-    return RetrievalTask(name, [row["query"] for row in rows], list(numbers), relevance, _segment_columns(rows))
+        rows.setdefault(row["query"], row)
+        of_query = relevance.setdefault(row["query"], {})
+        for document, grade in zip(documents, grades, strict=True):
+            number = numbers.setdefault(document, len(numbers))
+            of_query[number] = max(float(grade), of_query.get(number, -math.inf))
+    judged = _keep_answered(path, relevance)
+    columns = _segment_columns([rows[query] for query in judged])
+    return RetrievalTask(name, list(judged), list(numbers), list(judged.values()), columns)
 
 
 def _segment_columns(rows: Sequence[_Row]) -> Columns:
@@ -225,7 +265,10 @@ def _segment_columns(rows: Sequence[_Row]) -> Columns:
 
 
 def _read_rows(path: Path, keys: tuple[str, ...]) -> list[_Row]:
-    return [row for _, row in _iter_rows(path, keys)]
+    rows = [row for _, row in _iter_rows(path, keys)]
+    if not rows:
+        raise UsageError(str(path), "nothing in it", f"an object with {', '.join(keys)} a line")
+    return rows
 
 
 def _iter_rows(path: Path, keys: tuple[str, ...]) -> Iterable[tuple[str, _Row]]:
@@ -251,6 +294,9 @@ def _parse(where: str, line: str) -> _Row:
 
 def _check_row(where: str, row: _Row, keys: tuple[str, ...]) -> None:
     for key in keys:
+        if isinstance(row[key], str) and HALF_PAIR.search(row[key]):
+            do = "mend the line: a text was cut within a character"
+            raise UsageError(where, f"{key} has half of a surrogate pair", "text that UTF-8 can hold", do)
         if key == "score" and not _is_number(row[key]):
             raise UsageError(where, f"score is {row[key]!r:.60}", "a number")
         if key == "label" and not isinstance(row[key], str | int):

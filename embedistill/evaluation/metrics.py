@@ -92,24 +92,26 @@ def _prepare(measured: Sequence[tuple[Items, str]]) -> _Metric:
 
 @dataclass(frozen=True)
 class _Order:
-    """Items by rising value: their numbers, where each run of equal values starts, and the run that an item is in."""
+    """Items by rising value: their numbers, and where each run of equal values starts."""
 
     items: Ranking
     starts: Ranking
-    run: Ranking
 
     def total(self, rows: _Floats) -> _Floats:
         """Return the sum over each run, shape (n_rows, n_runs)."""
         ordered: _Floats = np.take(rows, self.items, axis=1)
         return ordered if len(self.starts) == len(self.items) else np.add.reduceat(ordered, self.starts, axis=1)
 
+    def list_runs(self) -> Ranking:
+        """Return the number of the run that each item is in."""
+        runs = np.empty_like(self.items)
+        runs[self.items] = np.repeat(np.arange(len(self.starts)), np.diff(self.starts, append=len(self.items)))
+        return runs
+
 
 def _sort(values: npt.NDArray[Any]) -> _Order:
     items = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.diff(values[items], prepend=values[items[0]] - 1))
-    run = np.empty_like(items)
-    run[items] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(items)))
-    return _Order(items, starts, run)
+    return _Order(items, np.flatnonzero(np.diff(values[items], prepend=values[items[0]] - 1)))
 
 
 def _dot(first: _Floats, second: _Floats) -> _Floats:
@@ -123,10 +125,11 @@ def _prepare_spearman(variables: Sequence[Values], reference: Values) -> _Metric
     An item with weight w counts as w items with the same value; equal values share their mean rank.
     """
     of_reference, of_variables = _sort(reference), [_sort(variable) for variable in variables]
+    runs = of_reference.list_runs()
 
     def compute(weights: _Floats) -> _Floats:
         ranks, spread = _rank(of_reference.total(weights))
-        weighted = weights * np.take(ranks, of_reference.run, axis=1)
+        weighted = weights * np.take(ranks, runs, axis=1)
         found = np.zeros((len(weights), len(variables)), weights.dtype)
         for column, order in enumerate(of_variables):
             ranks, own = _rank(order.total(weights))

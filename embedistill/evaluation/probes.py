@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.linear_model import LogisticRegression
 
@@ -13,7 +15,7 @@ from embedistill.evaluation.metrics import Values, cosines, neighbour_overlap
 from embedistill.evaluation.retrieval import Embeddings, search_exactly
 
 NEIGHBOURS = 10
-_REFERENCES = 1_000  # texts that all others are compared with
+_REFERENCES, _BLOCKS = 1_000, 10  # texts that all others are compared with, and how many times as many of these
 _ITERATIONS, _BATCH, _STARTS, _SEED = 100, 512, 10, 42  # as mteb's, but for the starts, which steady the clusters
 _THRESHOLDS = np.arange(0.3, 0.91, 0.1)
 _EDGES = np.linspace(-0.3, 1.0, 53)
@@ -44,23 +46,27 @@ def agree(vectors: Embeddings, teacher: Embeddings, target: Embeddings | None) -
         Spearman's, of the similarities to (at most) 1,000 of the texts.
     """
     neighbours, reference = (_nearest(matrix, min(NEIGHBOURS, len(matrix) - 1)) for matrix in (vectors, teacher))
-    ranks = [_row_ranks(_similarities(matrix)) for matrix in (vectors, teacher)]
+    blocks = zip(_iter_similarities(vectors), _iter_similarities(teacher), strict=True)
+    ranks = (np.mean(_row_ranks(mine) * _row_ranks(theirs), axis=1) for mine, theirs in blocks)
     found = {
         f"overlap@{NEIGHBOURS}": neighbour_overlap(neighbours, reference),
-        "rank_correlation": [float(value) for value in np.mean(ranks[0] * ranks[1], axis=1)],
+        "rank_correlation": [float(value) for block in ranks for value in block],
     }
     return found if target is None else {"cosine": cosines(vectors, target), **found}
 
 
 def compare_similarities(vectors: Embeddings, teacher: Embeddings) -> dict[str, Any]:
-    """Return how far the similarities of different texts are from the teacher's, as distributions.
+    """Return how far the similarities of (at most 10,000) different texts are from the teacher's, as distributions.
 
     Returns:
         distance, Wasserstein's: the mean shift of a similarity; thresholds, pairs of one of the teacher's and the one
         that as many pairs of texts are above by the model: what to use in its place; edges, model and teacher of a
         histogram, in shares.
     """
-    mine, theirs = (np.sort(_off_diagonal(_similarities(matrix))) for matrix in (vectors, teacher))
+    mine, theirs = (
+        np.sort(np.concatenate([block.ravel() for block in islice(_iter_similarities(matrix), _BLOCKS)]))
+        for matrix in (vectors, teacher)
+    )
     shares = np.searchsorted(theirs, _THRESHOLDS) / len(theirs)
     known = shares < 1 - 10 / len(theirs)  # ten pairs at least are above it
     histograms = [np.histogram(values, _EDGES)[0] / len(values) for values in (mine, theirs)]
@@ -76,20 +82,19 @@ def compare_similarities(vectors: Embeddings, teacher: Embeddings) -> dict[str, 
     }
 
 
-def _similarities(vectors: Embeddings) -> Values:
-    """Return the cosines of all texts with the first ones, (n_texts, n_references); NaN of a text with itself."""
-    found: Values = (vectors @ vectors[:_REFERENCES].T).astype(np.float64)
-    np.fill_diagonal(found, np.nan)
-    return found
-
-
-def _off_diagonal(similarities: Values) -> Values:
-    return similarities[~np.isnan(similarities)]
+def _iter_similarities(vectors: Embeddings) -> Iterator[Values]:
+    """Yield the cosines of texts with the first ones but themselves, (n_texts, n_references), a block at a time."""
+    references = vectors[:_REFERENCES]
+    for start in range(0, len(vectors), _REFERENCES):
+        found: Values = (vectors[start : start + _REFERENCES] @ references.T).astype(np.float64)
+        if start == 0:
+            found = found[~np.eye(len(found), dtype=bool)].reshape(len(found), -1)
+        yield found
 
 
 def _row_ranks(similarities: Values) -> Values:
-    """Return standardised ranks along each row; a text's similarity with itself is at the end of both models' rows."""
-    ranks = np.argsort(np.argsort(np.nan_to_num(similarities, nan=2.0), axis=1), axis=1).astype(np.float64)
+    """Return standardised ranks along each row."""
+    ranks = rankdata(similarities, axis=1)
     ranks -= ranks.mean(axis=1, keepdims=True)
     spread = np.maximum(ranks.std(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     standardised: Values = ranks / spread

@@ -15,11 +15,19 @@ from tokenizers import Tokenizer
 
 from embedistill.corpus.filtering import load_classifier
 from embedistill.corpus.selection import find_centres
-from embedistill.evaluation.comparison import MAIN, Drawn, Retention, decide, draw, retain
+from embedistill.evaluation.comparison import MAIN, Drawn, Retention, choose_metric, decide, draw, retain
 from embedistill.evaluation.metrics import Items, Values, count_items, metric_value
 from embedistill.evaluation.retrieval import Embeddings
 from embedistill.evaluation.scoring import TEACHER, Result
-from embedistill.evaluation.tasks import ClassificationTask, PairTask, RetrievalTask, StsTask, Task, list_items
+from embedistill.evaluation.tasks import (
+    ClassificationTask,
+    ClusteringTask,
+    PairTask,
+    RetrievalTask,
+    StsTask,
+    Task,
+    list_items,
+)
 
 MISSPELT = "misspelt "
 """Before the name of a task: the same with typing errors."""
@@ -88,18 +96,24 @@ def find_segments(
     found: list[Segment] = []
     by_task = {(result.task, result.role): result for result in results}
     for task in tasks:
-        for name, columns in {task.name: None, MISSPELT + task.name: {"typing": ["with errors"]}}.items():
+        for name in (task.name, MISSPELT + task.name):
             if {(name, TEACHER), (name, student)} <= by_task.keys():
                 pair = by_task[name, TEACHER], by_task[name, student]
-                for column, labels in (columns or _list_columns(task, pair[0], measures)).items():
+                typing = {"typing": ["with errors"] * count_items(pair[0].items)}
+                columns = _list_columns(task, pair[0], measures) if name == task.name else typing
+                for column, labels in columns.items():
                     found += _compare(task.name, pair, column, labels, seed)
     return judge_segments(found, margin)
 
 
 def judge_segments(segments: Sequence[Segment], margin: float | None) -> list[Segment]:
-    """Return segments with their verdicts, corrected for the number of them (Bonferroni), the least kept first."""
+    """Return segments with their verdicts, the least kept first.
+
+    A verdict is corrected for the number of segments of main metrics that the same student has (Bonferroni).
+    """
+    counts = Counter(segment.role for segment in segments if segment.metric in MAIN)
     ordered = sorted(segments, key=lambda segment: segment.retention.value)
-    return [_judge(segment, len(ordered), margin) for segment in ordered]
+    return [_judge(segment, counts[segment.role], margin) for segment in ordered]
 
 
 def tell_languages(texts: Sequence[str]) -> list[str] | None:
@@ -146,9 +160,10 @@ def make_distance_measure(embed: Callable[[Sequence[str]], Embeddings], corpus: 
 
 
 def misspell(task: Task, seed: int) -> Task:
-    """Return a task with typing errors: of its sentences, its queries, or the texts to classify.
+    """Return a task with typing errors: of its sentences, its queries, or the texts to classify or cluster.
 
-    In every fifteenth letter or so two letters change places, one is left out, or one stands twice.
+    Texts alone stay as they are. In every fifteenth letter or so two letters change places, one is left out, or one
+    stands twice.
     """
     random = np.random.default_rng(seed)
 
@@ -160,7 +175,7 @@ def misspell(task: Task, seed: int) -> Task:
             return replace(task, sentences1=spoil(task.sentences1), sentences2=spoil(task.sentences2))
         case RetrievalTask():
             return replace(task, queries=spoil(task.queries))
-        case ClassificationTask():
+        case ClassificationTask() | ClusteringTask():
             return replace(task, texts=spoil(task.texts))
     return task
 
@@ -206,10 +221,11 @@ def _compare(
     task: str, pair: tuple[Result, Result], column: str, labels: Sequence[str], seed: int
 ) -> Iterator[Segment]:
     """Yield the segments of a column that have enough items, and on which the teacher is above zero."""
-    metric = next((name for name in pair[0].metrics if name in MAIN), next(iter(pair[0].metrics)))
-    values = np.resize(labels, count_items(pair[0].items))
-    for value in dict.fromkeys(labels):
-        rows = np.flatnonzero(values == value)
+    metric = choose_metric(*pair)
+    rows_of: dict[str, list[int]] = {}
+    for row, value in enumerate(labels):
+        rows_of.setdefault(value, []).append(row)
+    for value, rows in rows_of.items():
         if len(rows) < _FEWEST:
             continue
         parts = [replace(result, items=_take(result.items, rows)) for result in pair]

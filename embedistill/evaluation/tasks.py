@@ -12,6 +12,7 @@ from embedistill.files import fingerprint
 from embedistill.teacher import Kind
 
 _EXPERIMENTS, _OF_A_LABEL, _SEED = 10, 8, 42
+_BESIDE = {"columns", "query_ids", "document_ids"}  # what a task has beside its texts and judgements
 
 Columns = Mapping[str, Sequence[str]]
 """What more is known of the items, such as their source, by column: segments of the comparison."""
@@ -41,13 +42,18 @@ class PairTask:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Search: queries, documents, and for each query the relevance of documents by their number."""
+    """Search: queries, documents, and for each query the relevance of documents by their number.
+
+    The ids are those of the data, where it has any.
+    """
 
     name: str
     queries: Sequence[str]
     documents: Sequence[str]
     relevance: Sequence[dict[int, float]]
     columns: Columns = field(default_factory=dict)
+    query_ids: Sequence[str] = ()
+    document_ids: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,8 @@ def draw_experiments(task: ClassificationTask) -> list[list[int]]:
 
 
 def fingerprint_task(task: Task) -> str:
-    """Return the sha256 of a task's texts and judgements; its further columns do not count."""
-    content: dict[str, Any] = {one.name: getattr(task, one.name) for one in fields(task) if one.name != "columns"}
+    """Return the sha256 of a task's texts and judgements; its further columns and ids do not count."""
+    content: dict[str, Any] = {one.name: getattr(task, one.name) for one in fields(task) if one.name not in _BESIDE}
     return fingerprint(content)
 
 

@@ -16,9 +16,9 @@ from sentence_transformers import SentenceTransformer
 from embedistill.corpus.records import normalise
 from embedistill.encoding.local import LocalEncoder, encode_here
 from embedistill.errors import UsageError
-from embedistill.evaluation.comparison import MAIN
+from embedistill.evaluation.comparison import choose_metric
 from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed, measure_start
-from embedistill.evaluation.metrics import Values
+from embedistill.evaluation.metrics import AVERAGE_PRECISION, SPEARMAN, Values
 from embedistill.evaluation.retrieval import Embeddings, IndexKind
 from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
@@ -156,8 +156,9 @@ def find_disagreements(tasks: Sequence[Task], results: Sequence[Result]) -> list
         peers = {result.role: result for result in results if result.task == task.name}
         if not {TEACHER, STUDENT} <= peers.keys() or isinstance(task, ClusteringTask):  # clusters have no names
             continue
-        metric, teacher = _item_values(peers[TEACHER])
-        _, student = _item_values(peers[STUDENT])
+        name = choose_metric(peers[TEACHER], peers[STUDENT])
+        metric, teacher = _item_values(peers[TEACHER], name)
+        _, student = _item_values(peers[STUDENT], name)
         texts = list_items(task)
         for row in np.argsort(-np.abs(student - teacher), kind="stable")[:_OF_A_TASK]:
             values = {"teacher": round(float(teacher[row]), 4), "student": round(float(student[row]), 4)}
@@ -166,11 +167,10 @@ def find_disagreements(tasks: Sequence[Task], results: Sequence[Result]) -> list
     return found[:_SHOWN]
 
 
-def _item_values(result: Result) -> tuple[str, Values]:
-    if "cosine" in result.items and len(result.items) == 2:
+def _item_values(result: Result, metric: str) -> tuple[str, Values]:
+    if metric in {SPEARMAN, AVERAGE_PRECISION}:
         order = np.argsort(np.argsort(result.items["cosine"], kind="stable"), kind="stable")
         return "rank of the cosine", order / max(1, len(order) - 1)
-    metric = next((name for name in result.metrics if name in MAIN), next(iter(result.metrics)))
     return metric, np.asarray(result.items[metric], np.float64)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from embedistill.errors import UsageError
-from embedistill.evaluation.comparison import Comparison, Difference, Retention, Verdict
+from embedistill.evaluation.comparison import MAIN, Comparison, Difference, Retention, Verdict
 from embedistill.evaluation.costs import ModelFacts
+from embedistill.evaluation.scoring import TEACHER
 from embedistill.evaluation.segments import Segment
 from embedistill.files import read_json, write_json
 
@@ -75,13 +76,25 @@ class Report:
         """The worst verdict on the judged: FAIL before UNDECIDED before PASS; None without a margin.
 
         A segment that surely loses too much is a FAIL, whatever the mean; one of which that is not sure does not count.
+        Where the teacher has nothing to keep, it is UNDECIDED.
         """
         kept = [row.retention[role] for row in self.comparisons for role in self.judged if role in row.retention]
         verdicts = {retention.verdict for retention in kept}
+        if self.margin is not None and self.nothing_to_keep:
+            verdicts.add("UNDECIDED")
         if any(segment.retention.verdict == "FAIL" for segment in self.segments):
             return "FAIL"
         worst: tuple[Verdict, ...] = ("FAIL", "UNDECIDED", "PASS")
         return next((verdict for verdict in worst if verdict in verdicts), None)
+
+    @property
+    def nothing_to_keep(self) -> list[Comparison]:
+        """The main metrics of judged models on which the teacher is not above zero."""
+        return [
+            row
+            for row in self.comparisons
+            if row.metric in MAIN and TEACHER in row.values and not row.retention and set(row.values) & set(self.judged)
+        ]
 
 
 def save_report(report: Report, folder: Path) -> None:

@@ -231,13 +231,13 @@ def tell_segments(report: Report, roles: Roles, looks: Mapping[str, Look]) -> It
         yield Paragraph(_count_segments(worst, 1 - report.segment_margin))
     columns = ["segment", "kept [95 %]", "verdict", "items"]
     cells = [
-        [name_segment(one, report), format_interval(one.retention), one.retention.verdict or "", f"{one.n_items:,}"]
+        [name_segment(one, roles), format_interval(one.retention), one.retention.verdict or "", f"{one.n_items:,}"]
         for one in worst
     ]
     grid = _make_grid("What is kept on segments, the least first", columns, cells)
-    yield Beside([_draw_segments(worst[:_OPEN_ROWS], report, looks), grid])
+    yield Beside([_draw_segments(worst[:_OPEN_ROWS], report, roles, looks), grid])
     columns = ["segment", "metric", "items", "teacher", "student"]
-    cells = [_list_segment(one, report) for one in worst]
+    cells = [_list_segment(one, roles) for one in worst]
     grid = Grid("Values on segments", columns, cells, prose=(0, 1), open_rows=len(cells))
     yield Folded("The values of teacher and student", [grid])
 
@@ -251,8 +251,8 @@ def _count_segments(segments: Sequence[Segment], threshold: float) -> str:
     )
 
 
-def _draw_segments(segments: Sequence[Segment], report: Report, looks: Mapping[str, Look]) -> Figure:
-    rows = [Row(name_segment(one, report), "", {one.role: _ends(one.retention)}) for one in segments]
+def _draw_segments(segments: Sequence[Segment], report: Report, roles: Roles, looks: Mapping[str, Look]) -> Figure:
+    rows = [Row(name_segment(one, roles), "", {one.role: _ends(one.retention)}) for one in segments]
     label = (
         f"What is kept on the {_count(len(segments), 'segment')} with the least, with 95 % intervals; the least is "
         f"{format_percent(segments[0].retention.value)}, on {rows[0].label}. The table beside has all."
@@ -262,9 +262,9 @@ def _draw_segments(segments: Sequence[Segment], report: Report, looks: Mapping[s
     return draw_intervals(about, rows, looks=looks, threshold=None if margin is None else 1 - margin)
 
 
-def _list_segment(segment: Segment, report: Report) -> list[str]:
+def _list_segment(segment: Segment, roles: Roles) -> list[str]:
     values = [f"{segment.n_items:,}", f"{segment.teacher:.4f}", f"{segment.student:.4f}"]
-    return [name_segment(segment, report), segment.metric, *values]
+    return [name_segment(segment, roles), segment.metric, *values]
 
 
 def tell_contamination(report: Report) -> Iterator[Part]:

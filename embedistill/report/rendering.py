@@ -29,8 +29,6 @@ from embedistill.report.wording import (
     list_roles,
 )
 
-__all__ = ["format_retention", "list_facts", "list_planned", "to_table", "write_page"]
-
 
 def to_table(report: Report) -> Table:
     """Return the report as one table: a row a figure, a column a model, and one of what each judged model keeps.

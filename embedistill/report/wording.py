@@ -141,9 +141,8 @@ def format_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def name_segment(segment: Segment, report: Report) -> str:
+def name_segment(segment: Segment, roles: Roles) -> str:
     """Return a segment in words, such as STS17, language: de; where several students are judged, of which."""
-    roles = list_roles(report)
     student = f"{roles.names[segment.role]}, " if len(roles.judged) > 1 else ""
     return f"{student}{segment.task}, {segment.column}: {segment.value}"
 
@@ -152,7 +151,11 @@ def explain_verdict(report: Report) -> list[str]:
     """Return why the verdict is what it is, a sentence a reason; nothing without a margin."""
     if report.margin is None or report.verdict is None:
         return []
-    return [*_explain_rows(report, report.margin), *explain_needed(report), *explain_segments(report)]
+    reasons = [*_explain_rows(report, report.margin), *explain_needed(report), *explain_segments(report)]
+    if report.nothing_to_keep:
+        names = [f"{row.task} {row.metric}" for row in report.nothing_to_keep]
+        reasons.append(f"The teacher is not above zero on {_join(names)}: there is nothing to keep, and no verdict.")
+    return reasons
 
 
 def _list_judged(report: Report) -> list[tuple[str, Comparison, Retention]]:
@@ -196,7 +199,8 @@ def explain_segments(report: Report) -> Iterator[str]:
     """Yield which segments fail, the worst first, where any does."""
     failed = [segment for segment in report.segments if segment.retention.verdict == "FAIL"]
     if failed and report.segment_margin is not None:
-        names = [f"{name_segment(segment, report)}, {format_interval(segment.retention)}" for segment in failed]
+        roles = list_roles(report)
+        names = [f"{name_segment(segment, roles)}, {format_interval(segment.retention)}" for segment in failed]
         yield f"Surely less than {100 * (1 - report.segment_margin):g} % is kept on the segment {_join(names)}."
 
 
