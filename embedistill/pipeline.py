@@ -396,7 +396,9 @@ class _Line:
         for kind, texts in self.training_texts.items():
             encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
         log = "training_log" if trained == "model" else f"{trained}_log"
+        dtype = str(self._choose_dtype("student", self.recipe.training.dtype)).removeprefix("torch.")
         task: dict[str, Any] = {"name": name, "share": share, "work": self.stages.current[:12], "log": log}
+        task["dtype"] = dtype  # measured once, for all processes
         ranks.announce(self.announced, **task)
         self.announced += 1
         student = self.teach(**task)
@@ -404,11 +406,10 @@ class _Line:
         self._save(student, self.folder / trained, load_projection(self.folder / name), layers)
         remove(self.folder / "checkpoints")
 
-    def teach(self, name: str, share: float, work: str, log: str) -> SentenceTransformer:
+    def teach(self, name: str, share: float, work: str, log: str, dtype: str) -> SentenceTransformer:
         """Train a model in all phases of the recipe; the processes of torchrun do this together."""
         student, described = self._load(name), read_json(self.folder / name / "embedistill.json")
         projection = load_projection(self.folder / name)
-        dtype = self._choose_dtype("student", self.recipe.training.dtype)
         for number, (on, part, section) in enumerate(self.recipe.training.phases):
             targets = self.teacher.open_targets(self.training_texts)
             lessons = list_lessons(
@@ -421,11 +422,12 @@ class _Line:
                 lessons.targets,
                 loss=make_loss(section, student, live, described["layers"]),
                 batching=make_batching(section, student, lessons, self.recipe.seed),
-                schedule=make_schedule(section, share * part, self.recipe.seed, dtype),
+                schedule=make_schedule(section, share * part, self.recipe.seed, getattr(torch, dtype)),
                 work_dir=self.folder / "checkpoints" / work / str(number),
                 log_path=self.folder / (f"{log}.jsonl" if number == 0 else f"{log}-{number}.jsonl"),
                 dev=self._open_dev(student, projection),
                 partners=lessons.partners[:, 0],
+                is_first=number == 0,
             )
         return student
 

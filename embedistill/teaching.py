@@ -100,7 +100,9 @@ def list_lessons(
     """
     queries = np.repeat([kind == "query" for kind in texts], [len(some) for some in texts.values()])
     partners = _find_partners(records, texts)
-    chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": partners[:, 0] >= 0}[on]
+    paired = partners[:, 0] >= 0
+    paired[partners[paired, 1][partners[paired, 1] >= 0]] = True  # their hard negatives
+    chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": paired}[on]
     rows, inputs = np.flatnonzero(chosen), list_inputs(student, texts)
     if len(rows) < 2:
         raise UsageError(f"training.then.on: {on}", f"{len(rows)} texts to train on", "two at the very least")
@@ -171,7 +173,7 @@ def make_loss(
     internals = None
     if teacher is not None:
         pairs = [(pair[0], pair[1]) for pair in section.layer_pairs] or _default_pairs(teacher, layers)
-        heads = section.relation_heads if "attention" in terms else 1
+        heads = section.relation_heads if "attention" in terms else None
         internals = Internals(student, teacher, pairs, heads)
     temperature = section.temperature
     return DistillationLoss(

@@ -458,12 +458,25 @@ def test_all_that_a_training_offers_works_together(
     ("setting", "message"),
     [
         (
+            "training.then={on: queries, objectives: {embedding: 1, pairs: 0.1}}",
+            r"training\.then: .*expected objectives without pairs, which queries alone have not, or on: pairs",
+        ),
+        (
+            "training.temperature=learned",
+            r"expected objectives\.contrastive or objectives\.pairs, for temperature: learned",
+        ),
+        ("training.relation_heads=4", r"expected objectives\.attention, without which relation_heads does nothing"),
+        ("training={dev_size: 0, average: 3}", r"expected dev_size above 0, without which average does nothing"),
+        (
             "training.then={on: queries}",
             r"training\.then\.on: queries: no text has a query; expected corpus\.query_col",
         ),
         ("training.objectives.pairs=1", r"training\.objectives\.pairs: no text has a query"),
         ("training={objectives: {attention: 1}, relation_heads: 3}", r"relation_heads: 3, with hidden sizes 32 and 32"),
-        ("training.layer_pairs=[[2, 1]]", r"layer_pairs: \[2, 1\]; expected layers of the student below 2"),
+        (
+            "training={objectives: {layers: 1}, layer_pairs: [[2, 1]]}",
+            r"layer_pairs: \[2, 1\]; expected layers of the student below 2",
+        ),
         ("training.matryoshka=[17]", r"training\.matryoshka: 17; expected at most the 16 dimensions"),
     ],
 )

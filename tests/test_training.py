@@ -115,7 +115,7 @@ def test_spread_by_hand() -> None:
 def test_prefixes_are_vectors_of_their_own() -> None:
     """Of (3, 4, 0) and (4, 3, 12) the first two dimensions have a cosine of .96, the first alone of 1."""
     student, teacher = torch.tensor([[3.0, 4.0, 0.0]]), torch.tensor([[4.0, 3.0, 12.0]])
-    loss = DistillationLoss(Echo(), weigh(embedding=1), Course(0.1, 0.1), prefixes=[1, 2, 3])
+    loss = DistillationLoss(Echo(), weigh(embedding=1), Course(0.1, 0.1), prefixes=[1, 2])  # and all three
     expected = (0 + (1 - 0.96) + (1 - 24 / 65)) / 3
     assert loss([{"x": student}], label(teacher))["embedding"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -177,6 +177,20 @@ def test_batches_are_cut_into_parts_of_the_same_size() -> None:
         assert sorted(first + second) == sorted(batch)
 
 
+def test_no_text_is_lost_between_parts() -> None:
+    texts = ["x" * (1 + number % 7) for number in range(91)]
+    parts = list(sampler(texts, steps=6, size=16, parts=5))
+    assert all(len({len(part) for part in parts[start : start + 5]}) == 1 for start in range(0, len(parts), 5))
+    assert len({row for part in parts for row in part}) == sum(map(len, parts)) >= 91 - 4
+
+
+def test_a_pair_is_in_one_part() -> None:
+    texts = ["x" * (1 + number % 7) for number in range(64)]
+    companions = np.array([[number ^ 1, -1] for number in range(64)])  # 0 and 1, 2 and 3, ...
+    for part in sampler(texts, steps=8, parts=2, companions=companions):
+        assert {row ^ 1 for row in part} == set(part)
+
+
 def test_companions_are_in_the_batch_of_their_text() -> None:
     texts = ["x" * (1 + number % 7) for number in range(64)]
     companions = np.array([[(number + 1) % 64, -1] for number in range(64)])
@@ -191,7 +205,7 @@ def test_companions_are_in_the_batch_of_their_text() -> None:
 
 def test_batches_too_small_for_their_parts_are_an_error() -> None:
     with pytest.raises(UsageError, match="no batch of 4 texts or more, for 4 parts"):
-        list(sampler(["x"] * 10, steps=3, size=2, parts=4))
+        list(sampler(["x"] * 3, steps=3, size=2, parts=4))
 
 
 def test_a_curriculum_starts_with_what_is_easy() -> None:
@@ -268,10 +282,24 @@ def test_a_learned_temperature_is_learned_and_stays_in_its_bounds() -> None:
     assert loss.temperature.item() == pytest.approx(0.05)  # type: ignore[union-attr]
     loss([{"x": student}], label(teacher))["contrastive"].backward()
     assert loss.log_scale.grad is not None
-    with torch.no_grad():
-        loss.log_scale.fill_(10)
-    assert loss.temperature.item() == pytest.approx(0.01)  # type: ignore[union-attr]
+    for far, bound in ((10.0, 0.01), (-1.0, 1.0)):
+        loss.log_scale.grad = None
+        with torch.no_grad():
+            loss.log_scale.fill_(far)
+        loss([{"x": student}], label(teacher))["contrastive"].backward()
+        assert loss.temperature.item() == pytest.approx(bound)  # type: ignore[union-attr]
+        assert loss.log_scale.grad.abs() > 0  # it can come back  # type: ignore[union-attr]
     assert set(loss.own_state()) == {"log_scale"}
+
+
+def test_similarities_teach_no_temperature() -> None:
+    """Their divergence falls as it rises, whatever the student does."""
+    student = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
+    teacher = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
+    loss = DistillationLoss(Echo(), weigh(similarity=1, contrastive=1), None)
+    terms = loss([{"x": student.requires_grad_()}], label(teacher))
+    assert torch.autograd.grad(terms["similarity"], loss.log_scale, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(terms["contrastive"], loss.log_scale)[0] != 0
 
 
 def test_weights_follow_their_course() -> None:
@@ -283,15 +311,29 @@ def test_weights_follow_their_course() -> None:
     assert values == pytest.approx([0, 0.4, 0.8])
 
 
+class Turned(torch.nn.Module):
+    """A model whose embeddings are its inputs, turned by a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(3))
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"sentence_embedding": features["x"] @ self.weight}
+
+
+def test_a_term_is_balanced_from_the_first_batch_on_that_has_it() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 3), torch.nn.functional.normalize(torch.randn(6, 3), dim=1)
+    model = Turned()
+    loss = DistillationLoss(model, weigh(embedding=1, pairs=2), Course(0.05, 0.05), balance=True)
+    for positives in ((), (1, 0, -1, -1, -1, -1)):
+        terms = loss([{"x": student}], label(teacher, *positives))
+        norms = [torch.autograd.grad(term, model.weight, retain_graph=True)[0].norm().item() for term in terms.values()]
+        assert norms == pytest.approx([1, 2 if positives else 0], rel=1e-4)
+
+
 def test_balanced_terms_have_gradients_in_the_ratio_of_their_weights() -> None:
-    class Turned(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.eye(3))
-
-        def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {"sentence_embedding": features["x"] @ self.weight}
-
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 3), torch.nn.functional.normalize(torch.randn(6, 3), dim=1)
     model = Turned()
@@ -569,6 +611,32 @@ def test_the_best_weights_are_kept_not_the_last(
     said = capsys.readouterr().err
     assert f"Kept: the weights of step {10 * best}" in said
     assert ("No step was better than the untrained student" in said) == (best == 0)
+
+
+def test_a_second_training_is_not_undone_by_what_it_started_from(setting: SimpleNamespace, tmp_path: Path) -> None:
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=[0.7, 0.6, 0.65, 0.6])
+    student = run(setting, tmp_path, schedule=replace(SCHEDULE, dev_steps=10), dev=dev, is_first=False)
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, dev.seen[2][name])
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_not_gone_on_from(
+    setting: SimpleNamespace, tmp_path: Path
+) -> None:
+    batches = 0
+
+    def spoilt(rows: np.ndarray) -> np.ndarray:
+        nonlocal batches
+        batches += 1
+        return setting.vectors[rows] * np.float32("nan" if batches > 8 else 1)
+
+    with pytest.raises(EmbedistillError, match="not finite"):
+        run(setting, tmp_path, targets=spoilt, schedule=replace(SCHEDULE, checkpoint_steps=2, steps=400))
+    whole = sorted((tmp_path / "checkpoints").glob("checkpoint-*/complete"))
+    assert whole
+    for path in whole:
+        weights = load_file(path.parent / "model.safetensors")
+        assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
 def test_a_student_that_is_lost_stops_the_run_and_leaves_the_best_weights(

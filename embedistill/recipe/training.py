@@ -60,22 +60,36 @@ class ObjectivesSection(Section):
 
 
 class PhaseSection(Section):
-    """A second training behind the first, on some of its texts; what is not named here is as in the first."""
+    """A second training behind the first, on some of its texts; what is not among these settings is as in the first."""
 
     on: Phase = Field("pairs", description="Its texts: all, pairs, or queries.")
     share: Share = Field(0.2, description="Its share of the training's epochs, minutes and steps.")
     learning_rate: Positive = Field(2e-5, description="Its peak learning rate.")
     objectives: ObjectivesSection = Field(
-        default_factory=lambda: ObjectivesSection(pairs=CourseSection(start=0.1)),
-        description="Its terms.",
+        default_factory=ObjectivesSection, description="Its terms; default: embedding: 1, and on pairs, pairs: 0.1."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learn_pairs(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("on", "pairs") == "pairs":
+            return {"objectives": {"pairs": 0.1}, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _has_what_its_terms_need(self) -> PhaseSection:
+        if self.on == "queries" and "pairs" in self.objectives.used:
+            raise ValueError("objectives without pairs, which queries alone have not, or on: pairs")
+        return self
 
 
 class TrainingSection(Section):
     """How the student is trained."""
 
     epochs: Positive = Field(3.0, description="Passes over the training texts, at most.")
-    minutes: Positive | None = Field(None, description="Time for training, at most; the schedule is fitted to it.")
+    minutes: Positive | None = Field(
+        None, description="Time for training, about: as many steps as fit by ten seconds of them; no more than epochs."
+    )
     steps: Count | None = Field(None, description="Steps of training, at most.")
     batch_size: Annotated[int, Field(ge=2)] = Field(64, description="Texts a step, at most.")
     batch_tokens: Count | None = Field(None, description="Tokens a step, at most, as estimated; default: no bound.")
@@ -94,10 +108,12 @@ class TrainingSection(Section):
     temperature: CourseSection | Literal["learned"] = Field(
         default_factory=lambda: CourseSection(start=0.05),
         description="Of the terms similarity, contrastive and pairs: a number, a section with start, end and schedule, "
-        "or learned.",
+        "or learned, by contrastive and pairs.",
     )
     matryoshka: list[Count] = Field(
-        [], description="Numbers of first dimensions that every term looks at, such as 384 and 128; default: all alone."
+        [],
+        description="Numbers of first dimensions that every term looks at beside all of them, such as 384 and 128; "
+        "default: none.",
     )
     neighbours: Annotated[int, Field(ge=0)] = Field(
         0, description="Put one of so many nearest texts, by the teacher, beside each text of a batch; 0: none."
@@ -138,6 +154,22 @@ class TrainingSection(Section):
         if isinstance(temperature, CourseSection) and min(temperature.ends) <= 0:
             raise ValueError("above 0")
         return temperature
+
+    @model_validator(mode="after")
+    def _is_of_use(self) -> TrainingSection:
+        terms = {term for _, _, phase in self.phases for term in phase.objectives.used}
+        if self.temperature == "learned" and not terms & {"contrastive", "pairs"}:
+            raise ValueError("objectives.contrastive or objectives.pairs, for temperature: learned to learn from")
+        needs = {
+            "layer_pairs": (bool(terms & LIVE), "objectives.layers or objectives.attention"),
+            "relation_heads": ("attention" in terms, "objectives.attention"),
+            **dict.fromkeys(("average", "dev_steps", "dev_task"), (self.dev_size > 0, "dev_size above 0")),
+        }
+        for name, (is_there, what) in needs.items():
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if not is_there and getattr(self, name) != default:
+                raise ValueError(f"{what}, without which {name} does nothing")
+        return self
 
     @property
     def phases(self) -> list[tuple[Phase, float, TrainingSection]]:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from tokenizers import Tokenizer
 
 from embedistill.corpus.selection import find_centres
 from embedistill.errors import UsageError
@@ -40,7 +41,8 @@ class Batching:
         size: Texts of a batch, at most.
         tokens: Tokens of a batch, at most, as estimated from its characters; None: no bound.
         seed: Seed of the order.
-        parts: Each batch is cut into so many of the same size: a part a process, or a part after the other.
+        parts: Each batch is cut into so many of the same size: a part a process, or a part after the other. What is
+            over goes into the next batch.
         companions: Rows of texts that are put into the batch of each text, in the place of others, (n_texts, any
             number), -1: none.
         neighbours: The same, of which one is drawn by chance.
@@ -87,12 +89,14 @@ class BudgetSampler(DefaultBatchSampler):
         n_parts = self.batching.parts
         self._done = 0
         for rows, random in self._runs():
-            before = self._done
-            for batch in _cut(rows, self.lengths, self.batching, random):
-                even = len(batch) - len(batch) % n_parts
-                if not even:
+            before, over = self._done, list[int]()
+            for fresh in _cut(rows, self.lengths, self.batching, random):
+                batch = list(dict.fromkeys([*over, *fresh]))
+                size = len(batch) // n_parts
+                over = batch[size * n_parts :]
+                if not size:
                     continue
-                yield from (batch[part:even:n_parts] for part in range(n_parts))
+                yield from (batch[part * size : (part + 1) * size] for part in range(n_parts))  # a pair stays together
                 self._done += 1
                 if self._done == self.steps:
                     return
@@ -149,10 +153,13 @@ def count_tokens(student: SentenceTransformer, texts: Sequence[str]) -> Matrix:
     """Return the tokens of texts as the student sees them, estimated from their characters, shape (n_texts,)."""
     characters = np.array([len(text) for text in texts], np.float32)
     tokenizer = getattr(student, "tokenizer", None)
-    if not callable(tokenizer):
-        return characters
     sample = list(texts[:: max(1, len(texts) // _SAMPLE)])
-    n_tokens = sum(len(ids) for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+    if isinstance(tokenizer, Tokenizer):  # a static student's
+        n_tokens = sum(len(found.ids) for found in tokenizer.encode_batch(sample, add_special_tokens=False))
+    elif callable(tokenizer):
+        n_tokens = sum(len(ids) for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+    else:
+        return characters
     estimated = characters * (n_tokens / max(1, sum(map(len, sample)))) + 2
     limit = student.max_seq_length
     return np.minimum(estimated, limit).astype(np.float32) if limit else estimated

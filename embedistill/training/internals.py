@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedistill.architectures import architecture_of, find_layers
+from embedistill.errors import UsageError
 
 _RELATIONS = ("query", "key", "value")
 
@@ -24,7 +25,10 @@ class Internals(nn.Module):
         teacher: The teacher; it is neither trained nor saved.
         pairs: Layer of the student and layer of the teacher, counted from 0, as often as wanted.
         relation_heads: Heads that queries, keys and values are cut into for the attention term; both widths must divide
-            by it.
+            by it. None: there is no such term.
+
+    Raises:
+        UsageError: An architecture has no queries, keys and values of their own, which the attention term compares.
 
     Attributes:
         maps: A linear map from the student's width to the teacher's for each pair; learned, and dropped at the end.
@@ -35,15 +39,18 @@ class Internals(nn.Module):
         student: SentenceTransformer,
         teacher: SentenceTransformer,
         pairs: Sequence[tuple[int, int]],
-        relation_heads: int,
+        relation_heads: int | None,
     ) -> None:
         super().__init__()
         self._bodies: dict[str, Any] = {"student": _body(student), "teacher": _body(teacher).eval()}
         self.pairs, self.relation_heads = list(pairs), relation_heads
+        if relation_heads and any(architecture_of(body).query is None for body in self._bodies.values()):
+            found = "a model whose queries, keys and values are one matrix"
+            raise UsageError("training.objectives.attention", found, "one that has each", "use the term layers")
         narrow, wide = (body.config.hidden_size for body in self._bodies.values())
         maps = [nn.Linear(narrow, wide, bias=False) for _ in self.pairs]
-        for found in maps:
-            nn.init.orthogonal_(found.weight)
+        for linear in maps:
+            nn.init.orthogonal_(linear.weight)
         self.maps = nn.ModuleList(maps)
         self._seen: dict[tuple[str, int, str], Tensor] = {}
         self._mask = torch.empty(0)
@@ -70,9 +77,10 @@ class Internals(nn.Module):
     def _parts(self, role: str, layer: int) -> list[tuple[str, nn.Module]]:
         body = self._bodies[role]
         found, names = find_layers(body)[layer], architecture_of(body)
+        relations = _RELATIONS if self.relation_heads else ()
         return [
             ("states", found),
-            *((part, found.get_submodule(str(getattr(names, part)))) for part in _RELATIONS),
+            *((part, found.get_submodule(str(getattr(names, part)))) for part in relations),
         ]
 
     def _watch(self, role: str, layer: int, part: str) -> Any:
@@ -94,7 +102,10 @@ class Internals(nn.Module):
         own, theirs = self.pairs[number]
         found = [
             relation_divergence(
-                self._seen["student", own, part], self._seen["teacher", theirs, part], self._mask, self.relation_heads
+                self._seen["student", own, part],
+                self._seen["teacher", theirs, part],
+                self._mask,
+                self.relation_heads or 1,
             )
             for part in _RELATIONS
         ]

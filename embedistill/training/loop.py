@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -71,13 +72,15 @@ def train(
     log_path: Path,
     dev: Dev | None = None,
     partners: Rows | None = None,
+    is_first: bool = True,
 ) -> SentenceTransformer:
     """Train a student in place on the teacher's vectors of its texts, and return it.
 
     A run that was killed goes on from its last whole checkpoint in `work_dir`, with the same batches. One that runs out
     of memory goes on with each batch in two halves. With texts to watch the student on, the weights that did best on
-    them are returned, the untrained ones among them. Processes that torchrun started train together, with the batches
-    of one; the first alone writes.
+    them are returned, the untrained ones among them, but behind an earlier training: what another one is for, such as
+    pairs, may cost some of what the student is read by. Processes that torchrun started train together, with the
+    batches of one; the first alone writes.
 
     Args:
         student: The model to train; its dropout is switched off.
@@ -90,6 +93,7 @@ def train(
         log_path: File for the log, one JSON object a line.
         dev: Texts that are not trained on, to watch the student on.
         partners: Row of each text's positive, shape (n_texts,), -1: it has none; None: no text has.
+        is_first: Whether no other training of this student came before.
 
     Raises:
         EmbedistillError: The loss is not finite, the student collapsed or diverged, or memory does not hold four texts.
@@ -107,6 +111,7 @@ def train(
         work_dir=work_dir,
         log_path=log_path,
         dev=dev,
+        is_first=is_first,
     )
     packed = nullcontext() if loss.internals else without_padding(student, schedule.dtype)
     with packed:
@@ -137,6 +142,7 @@ class _Training:
     work_dir: Path
     log_path: Path
     dev: Dev | None
+    is_first: bool
     done: bool = False
     best: KeepBest | None = None
     rates: dict[str, float] = field(init=False)
@@ -175,10 +181,14 @@ class _Training:
             advance = stack.enter_context(progress_bar("Training", steps, "steps"))
             callbacks: list[TrainerCallback] = [_Watch(advance, self.log_path, self.loss, self.work_dir)]
             if self.dev and rank() == 0:
-                every = self.schedule.dev_steps or max(1, steps // _DEV_READINGS)
-                self.best = KeepBest(self.student, self.dev, self._criterion, every, self.schedule.dtype, self.work_dir)
+                every = self.schedule.dev_steps or math.ceil(steps / _DEV_READINGS)
+                self.best = KeepBest(
+                    self.student, self.dev, self._criterion, every, self.schedule.dtype, self.work_dir, self.is_first
+                )
                 callbacks.insert(0, self.best)
-            trainer = self._trainer(steps, self.work_dir, callbacks)
+            if "tensorboard" in self.schedule.report_to:  # its default is a folder of checkpoints, which are removed
+                os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_path.parent / "tensorboard"))
+            trainer = self._trainer(self.schedule, self.batching, steps, self.work_dir, callbacks)
             if self.best:
                 self.best.log = trainer.log
             if checkpoint:
@@ -190,15 +200,17 @@ class _Training:
     def _criterion(self) -> Criterion:
         return "cosine" if "embedding" in self.loss.weights else "similarity"
 
-    def _trainer(self, steps: int, folder: Path, callbacks: list[TrainerCallback]) -> SentenceTransformerTrainer:
+    def _trainer(
+        self, schedule: Schedule, batching: Batching, steps: int, folder: Path, callbacks: list[TrainerCallback]
+    ) -> SentenceTransformerTrainer:
         self.loss.attach(self.student)
         gc.collect()  # of an earlier trainer, its wrapper would go on to exchange gradients
         accumulation = 2 ** self.plan["halvings"]
-        batching = replace(self.batching, parts=accumulation * world_size())
+        batching = replace(batching, parts=accumulation * world_size())
         trainer = _Trainer(
             model=self.student,
             args=_arguments(
-                self.schedule,
+                schedule,
                 steps,
                 folder,
                 max_steps=steps,
@@ -241,24 +253,29 @@ class _Training:
             torch.cuda.empty_cache()
 
     def finish(self) -> SentenceTransformer:
-        """Give the student the weights that did best, of those kept and their average."""
+        """Give the student, in every process, the weights that did best, of those kept and their average."""
         if self.best:
             if self.schedule.average:
                 self.best.try_mean(_list_checkpoints(self.work_dir)[-self.schedule.average :])
             self.best.restore()
+        if world_size() > 1 and torch.distributed.is_initialized():
+            for value in self.student.state_dict().values():
+                torch.distributed.broadcast(value, 0)
         return self.student
 
     def _plan_steps(self) -> int:
         """Return the steps of the epochs, or those asked for or fitting into the minutes where these are fewer."""
         schedule, n_texts = self.schedule, len(self.lengths)
         by_tokens = self.lengths.sum() / self.batching.tokens if self.batching.tokens else 0
-        wanted = max(1, round(schedule.epochs * math.ceil(max(n_texts / self.batching.size, by_tokens))))
+        an_epoch = math.ceil(max(n_texts / self.batching.size, by_tokens))
+        wanted = max(1, round(schedule.epochs * an_epoch))
         wanted = min(wanted, schedule.steps or wanted)
         if schedule.minutes is None or wanted < 4:
             return wanted
         stopwatch = _Stopwatch()
         folder = self.work_dir / "calibration"
-        self._trainer(wanted, folder, [stopwatch]).train()
+        in_any_order = replace(self.batching, difficulty=None)  # a curriculum begins with what is not like the rest
+        self._trainer(replace(schedule, report_to=()), in_any_order, wanted, folder, [stopwatch]).train()
         self._start_over()
         if rank() == 0:
             remove(folder)
@@ -266,11 +283,11 @@ class _Training:
         reading = _time_reading(self.student, self.dev) if self.dev else 0.0
         seconds = schedule.minutes * 60
         if schedule.dev_steps:
-            fitting = seconds / (step + reading / schedule.dev_steps)
+            fitting = (seconds - 2 * reading) / (step + reading / schedule.dev_steps)
         else:
-            fitting = (seconds - _DEV_READINGS * reading) / step
+            fitting = (seconds - (_DEV_READINGS + 1) * reading) / step
         steps = max(1, min(wanted, int(fitting)))
-        note(f"Training: {steps:,} steps of {step:.2f} s, {steps / wanted * schedule.epochs:.1f} epochs")
+        note(f"Training: {steps:,} steps of {step:.2f} s, {steps / an_epoch:.1f} epochs")
         return steps
 
 
@@ -316,7 +333,8 @@ class _Watch(TrainerCallback):
         if state.is_world_process_zero:
             if own := self.loss.own_state():
                 save_file(own, self._checkpoint(state) / _LOSS_STATE)
-            write_text(self._checkpoint(state) / _COMPLETE, "")
+            if all(bool(torch.isfinite(weight).all()) for weight in self.loss.parameters()):
+                write_text(self._checkpoint(state) / _COMPLETE, "")
 
     def _checkpoint(self, state: TrainerState) -> Path:
         return self.folder / f"checkpoint-{state.global_step}"
@@ -370,7 +388,7 @@ def _time_reading(student: SentenceTransformer, dev: Dev) -> float:
 
 def _arguments(schedule: Schedule, steps: int, folder: Path, **batches: Any) -> SentenceTransformerTrainingArguments:
     cuda = torch.cuda.is_available()
-    return SentenceTransformerTrainingArguments(
+    arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="cosine",
@@ -389,6 +407,8 @@ def _arguments(schedule: Schedule, steps: int, folder: Path, **batches: Any) -> 
         dataloader_pin_memory=cuda,
         **batches,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # replicas in threads would need padding; torchrun takes processes
+    return arguments
 
 
 def _switch_dropout_off(student: SentenceTransformer) -> None:

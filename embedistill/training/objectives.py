@@ -22,7 +22,7 @@ Curve = Literal["linear", "cosine"]
 _BALANCED_EVERY = 50
 _NEAREST = 8
 _FALSE_NEGATIVE = 0.95
-_BOUNDS = (0.01, 1.0)
+_BOUNDS = (0.0, math.log(100))  # of the logarithm of 1 / temperature
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class DistillationLoss(nn.Module):
             of `internals`; the others are the functions of this module.
         temperature: Of the terms similarity, contrastive and pairs; None: learned, from 0.05 on, kept in 0.01 to 1, as
             CLIP's (Radford et al., 2021).
-        prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors, scaled to unit length
-            (Matryoshka, Kusupati et al., 2022); none: all dimensions alone.
+        prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors and the whole, scaled
+            to unit length (Matryoshka, Kusupati et al., 2022); none: all dimensions alone.
         balance: Divide each term by the norm of its gradient, a running mean of measurements on every 50th step, so
-            that weights are ratios of gradients (after GradNorm, Chen et al., 2018).
+            that weights are ratios of gradients (after GradNorm, Chen et al., 2018). A term without a gradient, such as
+            pairs of a batch without any, is measured when it has one.
         internals: The live teacher, which the terms layers and attention need.
 
     Attributes:
@@ -95,9 +96,7 @@ class DistillationLoss(nn.Module):
     @property
     def temperature(self) -> float | Tensor:
         """The temperature of this step."""
-        if self.course is None:
-            return torch.exp(-self.log_scale).clamp(*_BOUNDS)
-        return self.course.at(self.progress)
+        return torch.exp(-self.log_scale) if self.course is None else self.course.at(self.progress)
 
     def own_state(self) -> dict[str, Tensor]:
         """Return what it has learned and measured itself: what a checkpoint of the student does not hold."""
@@ -109,13 +108,16 @@ class DistillationLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the weighted terms by name; the trainer adds them up."""
         features = sentence_features[0]
+        if self.course is None:
+            with torch.no_grad():
+                self.log_scale.clamp_(*_BOUNDS)
         if self.internals:
             with self.internals.watched(features):
                 student = self.model(features)["sentence_embedding"].float()
         else:
             student = self.model(features)["sentence_embedding"].float()
         student, teacher, positives = _gather(student, labels)
-        sizes = self.prefixes or (student.shape[1],)
+        sizes = dict.fromkeys([*self.prefixes, student.shape[1]])
         cut = [[functional.normalize(vectors[:, :size], dim=1) for vectors in (student, teacher)] for size in sizes]
         terms = {
             term: torch.stack([self._term(term, own, theirs, positives) for own, theirs in cut]).mean()
@@ -127,7 +129,7 @@ class DistillationLoss(nn.Module):
     def _term(self, term: Term, student: Tensor, teacher: Tensor, positives: Tensor) -> Tensor:
         functions: dict[Term, Callable[[], Tensor]] = {
             "embedding": lambda: self._embedding.compute_loss_from_embeddings([student], [teacher]),
-            "similarity": lambda: similarity_divergence(student, teacher, self.temperature),
+            "similarity": lambda: similarity_divergence(student, teacher, _constant(self.temperature)),
             "matrix": lambda: matrix_distance(student, teacher),
             "contrastive": lambda: contrast(student, teacher, self.temperature),
             "ranking": lambda: ranking_distance(student, teacher),
@@ -141,9 +143,13 @@ class DistillationLoss(nn.Module):
     def _measure(self, terms: Mapping[Term, Tensor]) -> dict[Term, float]:
         """Return the norm of each term's gradient by the student's weights, measured anew on every 50th step."""
         norms, calls = cast(Tensor, self.norms), cast(Tensor, self.calls)
-        if torch.is_grad_enabled() and calls % _BALANCED_EVERY == 0:
+        if torch.is_grad_enabled():
             weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+            known = norms.tolist()
             for number, term in enumerate(terms.values()):
+                due = calls % _BALANCED_EVERY == 0 if known[number] else term.item() != 0
+                if not due:
+                    continue
                 found = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
                 grads = [grad.float() for grad in found if grad is not None]
                 if torch.distributed.is_initialized():
@@ -151,9 +157,15 @@ class DistillationLoss(nn.Module):
                         torch.distributed.all_reduce(grad)
                         grad.div_(torch.distributed.get_world_size())
                 norm = torch.stack([grad.norm() for grad in grads]).norm()
-                norms[number] = norm if calls == 0 else 0.9 * norms[number] + 0.1 * norm
+                if norm > 0:
+                    norms[number] = 0.9 * norms[number] + 0.1 * norm if known[number] else norm
         calls += 1
         return dict(zip(terms, norms.clamp(min=1e-8).tolist(), strict=True))
+
+
+def _constant(temperature: float | Tensor) -> float | Tensor:
+    """Return a temperature that is not learned from: of both sides' softmax alone, the best would be the highest."""
+    return temperature.detach() if isinstance(temperature, Tensor) else temperature
 
 
 def _gather(student: Tensor, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

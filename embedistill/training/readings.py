@@ -107,7 +107,8 @@ class KeepBest(TrainerCallback):
     """Reads a student every so many steps, keeps its best weights in a folder, and stops where it is lost.
 
     Readings go to the trainer's log, and so into its checkpoints. The best step is the one nearest to the teacher by
-    the criterion. A student that two readings running find lost, or the last one, is given up.
+    the criterion, step 0 among them only with `from_the_start`. A student that two readings running find lost, or the
+    last one, is given up.
     """
 
     student: SentenceTransformer
@@ -116,6 +117,7 @@ class KeepBest(TrainerCallback):
     every: int
     dtype: torch.dtype
     folder: Path
+    from_the_start: bool = True
     log: Callable[[dict[str, float]], None] = lambda entry: None
     _faults: int = 0
 
@@ -151,7 +153,9 @@ class KeepBest(TrainerCallback):
         self.log(entry | self.dev.score_too(self.student))
         control.should_log = due  # a log of ours is not the one that the trainer is due
         score = getattr(reading, self.criterion)
-        if not self._described.is_file() or score > read_json(self._described)["score"]:
+        best = read_json(self._described) if self._described.is_file() else None
+        only_start = best and best["step"] == 0 and not self.from_the_start
+        if best is None or only_start or score > best["score"]:
             self._keep(score, step=state.global_step)
         self._stop_if_lost(reading, state)
 
