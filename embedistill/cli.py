@@ -146,7 +146,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asdict(found)))
     else:
-        Console().print(outlook.to_table(found, loaded.name))
+        _console().print(outlook.to_table(found, loaded.name))
 
 
 @app.command()

@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from embedistill import hub
@@ -107,8 +108,9 @@ def list_weights(folder: Path) -> list[Path]:
 
 
 def sum_settings(folder: Path) -> str:
-    """Return the sha256 of the listing of a model's configuration and tokenizer files."""
-    files = sorted(file for kind in ("*.json", "*.txt", "*.model") for file in folder.rglob(kind))
+    """Return the sha256 of the listing of a model's configuration and tokenizer files, without notes and exports."""
+    files = [file for kind in ("*.json", "*.model", "vocab.txt", "merges.txt") for file in folder.rglob(kind)]
+    files = sorted(file for file in files if not {"onnx", "openvino"} & set(file.relative_to(folder).parts))
     return fingerprint({str(file.relative_to(folder)): sha256_file(file) for file in files})
 
 
@@ -122,7 +124,7 @@ def load(model: LocatedModel, dtype: torch.dtype = torch.float32) -> SentenceTra
     """Load a located model, without network and without code that comes with it."""
     try:
         return SentenceTransformer(str(model.path), model_kwargs={"dtype": dtype}, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         do = "check that SentenceTransformer(path) loads it"
         raise UsageError(f"model {model.path}", str(error), "a sentence-transformers folder", do) from error
 

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedistill.cache import store
+from embedistill.cache import shards, store
 from embedistill.cache.shards import Encoded
 from embedistill.cache.store import EmbeddingCache
 from embedistill.cache.upkeep import (
@@ -152,6 +153,23 @@ def test_a_damaged_shard_is_set_aside_and_encoded_again(
     np.testing.assert_allclose(
         EmbeddingCache(tmp_path, ENCODING).lookup(["b", "c"]), [encoded(2).vectors[1], encoded(1).vectors[0]], atol=1e-3
     )
+
+
+def test_a_shard_that_cannot_be_opened_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = EmbeddingCache(tmp_path, ENCODING)
+    cache.add(["a"], encoded(1))
+    (shard,) = shard_files(cache)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(shards.pa, "memory_map", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        shards.Shard(shard, 4, "float16")
+    monkeypatch.setattr(shards, "sha256_file", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        verify_caches(tmp_path)
+    assert shard.is_file()
 
 
 def test_verify_finds_a_flipped_byte_names_the_shard_and_only_its_texts_are_missing(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 import csv
+import errno
 import gzip
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,7 +19,7 @@ from embedistill import hub
 from embedistill.corpus.docstrings import _to_record, find_packages, read_docstrings
 from embedistill.corpus.filtering import drop_near_duplicates, make_filter
 from embedistill.corpus.preparation import prepare
-from embedistill.corpus.reading import Columns, _parse_hub_name, describe_source, read_corpus, read_pairs
+from embedistill.corpus.reading import Columns, _file_rows, _parse_hub_name, describe_source, read_corpus, read_pairs
 from embedistill.corpus.records import Record, load_corpus, save_corpus
 from embedistill.corpus.selection import select, share_out
 from embedistill.errors import EmbedistillError, UsageError
@@ -107,6 +110,47 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     assert (funnel.read, funnel.bad) == (7, 2)
 
 
+def test_a_row_need_not_have_a_query_or_a_negative(tmp_path: Path) -> None:
+    rows = [{"text": "one", "title": "a"}, {"text": "two", "title": None}, {"text": "three"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read(tmp_path / "a.jsonl", query="title")
+    assert [record.query for record in found if record] == ["a", None, None]
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"title": "no text"}\n')
+    assert read(tmp_path / "b.jsonl", bad_rows="skip") == [Record("one", "b"), None]
+    pairs = [
+        {"anchor": "q1", "positive": "p1"},
+        {"anchor": "q2", "positive": "p2", "negative": "n2"},
+        {"anchor": "q3", "positive": "p3", "negative": None},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    paired = list(read_pairs(tmp_path / "pairs.jsonl", max_characters=100, bad_rows="error"))
+    assert [record.negative for record in paired if record] == [None, "n2", None]
+
+
+def test_of_a_parquet_file_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    table = pa.table({"text": ["one", "two"], "title": ["a", "b"], "odd": [[1.0] * 768, None], "source": ["s", "t"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (_, row), *_ = _file_rows(tmp_path / "a.parquet", Columns())
+    assert row == {"text": "one", "source": "s"}
+    with pytest.raises(UsageError, match="no column 'body'; expected one of: text, title, odd, source"):
+        read(tmp_path / "a.parquet", text="body")
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "locked").mkdir()
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        read(tmp_path)
+
+
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         describe_source(str(tmp_path / "nowhere.txt"))
@@ -167,6 +211,8 @@ def test_documents_are_without_their_query() -> None:
     assert record.document == "pkg.f: The sum is exact."
     assert record.texts == ["pkg.f: The sum is exact.", "Add two numbers."]
     assert Record("a  b").texts == ["a  b"]
+    assert Record("Ants are eusocial. An Ant is small.", query="Ant").document == "Ants are eusocial. An is small."
+    assert Record("Why C++? It is fast.", query="Why C++?").document == "It is fast."
 
 
 def test_preparation_does_not_depend_on_the_order_of_reading() -> None:
@@ -205,6 +251,16 @@ def test_duplicates_and_short_texts_are_counted() -> None:
     )
     assert str(funnel) == "6 read, 1 short, 1 duplicate, 2 train, 2 holdout"
     assert len(splits["train"]) == 2
+
+
+def test_a_text_may_come_with_several_queries() -> None:
+    records = [Record("a text", query=f"question {number}") for number in (1, 2, 2)]
+    splits, funnel = prepare(
+        [*records, *(Record(f"other {n}") for n in range(4))], find_rule=anything, size=None, holdout=0.3, seed=1
+    )
+    everything = splits["train"] + splits["holdout"]
+    assert funnel.duplicate == 1
+    assert len(everything) + funnel.in_evaluation == 6
 
 
 def test_a_corpus_of_nothing_says_what_became_of_it() -> None:

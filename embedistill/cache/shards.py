@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -83,6 +84,8 @@ class Shard:
             self.worst_cosine = float(metadata["cosine"])
             self._scale = np.array(json.loads(metadata["scale"]), np.float32) if "scale" in metadata else None
         except (OSError, IndexError, KeyError, AttributeError, ValueError, pa.ArrowException) as error:
+            if not _is_of_content(error):
+                raise
             do = "see: embedistill cache verify"
             raise EmbedistillError(f"shard {path}", str(error), "a shard as it was written", do) from error
         self._path, self._dim, self._storage, self._rows = path, dim, storage, len(table)
@@ -157,8 +160,15 @@ def is_intact(path: Path) -> bool:
     """Say whether a shard's bytes can be read and are those that it was written with."""
     try:
         return sha256_file(path) == path.stem
-    except OSError:
+    except OSError as error:
+        if not _is_of_content(error):
+            raise
         return False
+
+
+def _is_of_content(error: Exception) -> bool:
+    """Say whether an error is of what a file holds: not of too many open files, say, or of a disk that is away."""
+    return getattr(error, "errno", None) in {None, errno.EIO}
 
 
 def _schema(dim: int, storage: Storage) -> Any:

@@ -91,6 +91,8 @@ class EmbeddingCache:
         for name in sorted(there.keys() - self._numbers.keys()):
             try:
                 found[name] = self._shard(name).texts.copy()  # a view would hold the file open
+            except FileNotFoundError:
+                continue  # another process has set it aside
             except EmbedistillError as error:
                 set_aside(self.folder / (name + SUFFIX), error.found)
         self._learn(found)

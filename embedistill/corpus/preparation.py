@@ -80,7 +80,7 @@ def prepare(
     """
     funnel = Funnel()
     unique = list(_sift(records, find_rule, funnel))
-    order = sorted(unique, key=lambda record: hashlib.sha256(f"{seed}:{record.text}".encode()).digest())
+    order = sorted(unique, key=lambda record: _shuffle(seed, record))
     if not near_duplicates:
         order, repeated = drop_near_duplicates(order)
         for record in repeated:
@@ -105,17 +105,25 @@ def prepare(
     return {"train": train, "holdout": held_out}, funnel
 
 
+def _shuffle(seed: int, record: Record) -> bytes:
+    query = f"\0{record.query}" if record.query else ""
+    return hashlib.sha256(f"{seed}:{record.text}{query}".encode()).digest()
+
+
 def _sift(
     records: Iterable[Record | None], find_rule: Callable[[Record], Rule | None], funnel: Funnel
 ) -> Iterable[Record]:
-    """Yield the records that break no rule and have a text of their own, and count the others."""
-    seen: set[str] = set()
+    """Yield the records that break no rule and are no others' copies, and count the rest.
+
+    A text may come again with another query.
+    """
+    seen: set[tuple[str, str]] = set()
     for record in records:
         funnel.read += 1
         if record is None:
             funnel.bad += 1
             continue
-        rule, normal = find_rule(record), normalise(record.text)
+        rule, normal = find_rule(record), (normalise(record.text), normalise(record.query or ""))
         if rule:
             funnel.drop(rule, record.text)
         elif normal in seen:

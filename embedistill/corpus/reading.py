@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from embedistill.errors import EmbedistillError, UsageError
 from embedistill.progress import progress_bar
 
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+_PARQUET_ROWS = 8_192
 _HUB = "hf:org/dataset[:config][:split][#text column]"
 _SPLITS = {"train", "validation", "test", "dev"}
 HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -92,7 +94,7 @@ def read_corpus(source: str | Sequence[str], columns: Columns) -> Iterator[Recor
             yield from _to_records(_hub_rows(dataset), columns, dataset)
         case _:
             for file in _list_files(Path(source)):
-                yield from _to_records(_file_rows(file), columns, file.name.split(".")[0])
+                yield from _to_records(_file_rows(file, columns), columns, file.name.split(".")[0])
 
 
 def _names(text: str) -> list[str]:
@@ -100,44 +102,53 @@ def _names(text: str) -> list[str]:
 
 
 def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[Record | None]:
-    for where, row in rows:
-        read = [column for column in (columns.text, columns.query, columns.negative) if column]
-        found = (_problem(where, row, column, columns.max_characters) for column in read)
-        problem = next((one for one in found if one), None)
+    for number, (where, row) in enumerate(rows):
+        if number == 0:
+            _check_columns(where, row, columns)
+        problem = _find_problem(where, row, columns)
         if problem and columns.bad_rows == "error":
             raise problem
         if problem:
             yield None
         else:
             text, query, negative = (
-                row[column].strip() if column else None for column in (columns.text, columns.query, columns.negative)
+                (row.get(column or "") or "").strip() for column in (columns.text, columns.query, columns.negative)
             )
-            yield Record(str(text), str(row.get("source") or source), query or None, negative or None)
+            yield Record(text, str(row.get("source") or source), query or None, negative or None)
 
 
 def read_pairs(path: Path, *, max_characters: int, bad_rows: Literal["error", "skip"]) -> Iterator[Record | None]:
     """Yield a record for each pair of a file: its positive is the text, its anchor the query; as `read_corpus`.
 
     Args:
-        path: With the columns anchor and positive, and negative where there are negatives.
+        path: With the columns anchor and positive, and negative where there are negatives, of all rows or of some.
         max_characters: A longer text is a bad row.
         bad_rows: What becomes of one.
     """
     for file in _list_files(path):
-        first = next(iter(_file_rows(file)), ("", {}))[1]
-        columns = Columns("positive", "anchor", "negative" if "negative" in first else None, max_characters, bad_rows)
-        yield from _to_records(_file_rows(file), columns, file.name.split(".")[0])
+        columns = Columns("positive", "anchor", "negative", max_characters, bad_rows)
+        yield from _to_records(_file_rows(file, columns), columns, file.name.split(".")[0])
 
 
-def _problem(where: str, row: Mapping[str, Any], column: str, max_characters: int) -> UsageError | None:
-    """Say what is wrong with a cell, if anything; a missing column is always an error."""
-    if column not in row:
-        names = ", ".join(str(name) for name in row)
-        raise UsageError(
-            where, f"no column {column!r}", f"one of: {names}", "set corpus.text_column or corpus.query_column"
-        )
+def _check_columns(where: str, row: Mapping[str, Any], columns: Columns) -> None:
+    """Stop where the first row has not the columns that were asked for."""
+    for column in (columns.text, columns.query):
+        if column and column not in row:
+            names = ", ".join(str(name) for name in row)
+            do = "set corpus.text_column or corpus.query_column"
+            raise UsageError(where, f"no column {column!r}", f"one of: {names}", do)
+
+
+def _find_problem(where: str, row: Mapping[str, Any], columns: Columns) -> UsageError | None:
+    """Say what is wrong with a row, if anything: it need not have a query or a negative."""
+    cells = [(columns.text, row.get(columns.text))]
+    cells += [(name, row.get(name)) for name in (columns.query, columns.negative) if name and row.get(name) is not None]
+    problems = (_find_fault(where, column, value, columns.max_characters) for column, value in cells)
+    return next((problem for problem in problems if problem), None)
+
+
+def _find_fault(where: str, column: str, value: Any, max_characters: int) -> UsageError | None:
     mend = "mend the row, or set corpus.bad_rows=skip to leave such rows out"
-    value = row[column]
     if not isinstance(value, str):
         found = "null" if value is None else f"{type(value).__name__} {value!r:.60}"
         return UsageError(where, f"{column} is {found}", "a string", mend)
@@ -157,10 +168,20 @@ def _list_files(path: Path) -> list[Path]:
                 str(path), f"a {path.suffix or 'nameless'} file", f"{', '.join(SUFFIXES)} (.gz too)", "convert it"
             )
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+    files = sorted(file for file in _walk(path) if _suffix(file) in SUFFIXES)
     if not files:
         raise UsageError(str(path), "a folder with no such file", f"{', '.join(SUFFIXES)} (.gz too)")
     return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder; one that cannot be read is an error."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=stop, followlinks=False):
+        yield from (Path(place) / name for name in names)
 
 
 def _suffix(path: Path) -> str:
@@ -168,18 +189,20 @@ def _suffix(path: Path) -> str:
     return inner if path.suffix == ".gz" and inner != ".parquet" else path.suffix
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path, columns: Columns) -> Iterator[Row]:
     try:
         match _suffix(path):
             case ".parquet":
-                yield from _parquet_rows(path)
+                yield from _parquet_rows(path, columns)
             case ".jsonl":
                 yield from _jsonl_rows(path)
             case ".csv":
                 yield from _csv_rows(path)
             case _:
                 yield from ((where, {"text": line}) for where, line in read_text_lines(path) if line.strip())
-    except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the file system's
         raise UsageError(str(path), str(error), f"a {_suffix(path)} file", "check how it was written") from None
 
 
@@ -218,10 +241,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         yield f"{path}:{reader.line_num}", row
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    number = 0
+def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    number, wanted = 0, {columns.text, columns.query, columns.negative, "source"}
     with path.open("rb") as stream:
-        for batch in pq.ParquetFile(stream).iter_batches():
+        file = pq.ParquetFile(stream)
+        there = file.schema_arrow.names
+        read = [name for name in there if name in wanted] if columns.text in there else there
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=read):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:row {number}", row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,9 @@ class Record:
     @property
     def document(self) -> str:
         """The text without its own query, so that finding it is more than matching a copy."""
-        return " ".join(self.text.replace(self.query, "", 1).split()) if self.query else self.text
+        if not self.query:
+            return self.text
+        return " ".join(re.sub(rf"(?<!\w){re.escape(self.query)}(?!\w)", "", self.text, count=1).split())
 
     @property
     def texts(self) -> list[str]:

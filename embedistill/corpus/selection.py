@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import faiss
@@ -72,9 +73,9 @@ def share_out(counts: Counter[str], size: int, weights: Mapping[str, float] | No
     weigh = {group: (weights or {}).get(group, 1.0) for group in counts}
     order = sorted(counts, key=lambda group: (counts[group] / weigh[group], group))
     quotas, left = {}, size
-    for number, group in enumerate(order):
-        share = weigh[group] / sum(weigh[other] for other in order[number:])
-        quotas[group] = min(counts[group], int(left * share + 1e-9))
+    weights_left = list(accumulate(weigh[group] for group in reversed(order)))[::-1]
+    for group, weight_left in zip(order, weights_left, strict=True):
+        quotas[group] = min(counts[group], int(left * weigh[group] / weight_left + 1e-9))
         left -= quotas[group]
     return quotas
 
@@ -88,15 +89,17 @@ def _weigh(records: Sequence[Record], groups: Sequence[str]) -> dict[str, float]
 
 
 def _cluster(records: Sequence[Record], n_clusters: int, embed: Embed) -> list[str]:
-    chunks = []
+    """Return the cluster of each record; centres are found in the first of them."""
+    fitted = max(n_clusters * _SAMPLE_PER_CLUSTER, _CHUNK)
+    groups: list[str] = []
+    centres: Any = None
     with progress_bar("cheap embeddings", len(records), "texts") as advance:
-        for start in range(0, len(records), _CHUNK):
-            some = [record.text for record in records[start : start + _CHUNK]]
-            chunks.append(embed(some))
-            advance(len(some))
-    vectors = np.concatenate(chunks)
-    centres = find_centres(vectors[: n_clusters * _SAMPLE_PER_CLUSTER], n_clusters)
-    return [str(group) for group in centres.search(vectors, 1)[1][:, 0]]
+        for start, end in pairwise([0, *range(fitted, len(records), _CHUNK), len(records)]):
+            vectors = embed([record.text for record in records[start:end]])
+            centres = centres or find_centres(vectors[: n_clusters * _SAMPLE_PER_CLUSTER], n_clusters)
+            groups += [str(group) for group in centres.search(vectors, 1)[1][:, 0]]
+            advance(end - start)
+    return groups
 
 
 def find_centres(vectors: npt.NDArray[np.float32], n_clusters: int) -> Any:

@@ -122,7 +122,8 @@ def _embed_roughly(modules: list[nn.Module], texts: Sequence[str]) -> Matrix:
         states = body.forward([ids[number] for number in numbers])
         return numbers, torch.cat([pool(modules[1], some) for some in states])
 
-    pooled = np.empty((len(ids), transformer.model.config.hidden_size), np.float32)
+    pooling: Any = modules[1]
+    pooled = np.empty((len(ids), pooling.get_embedding_dimension()), np.float32)
     batches = cut_batches([len(one) for one in ids], _BATCH_TOKENS, padded=False)
     with one_thread_a_batch() as threads, progress_bar("student encodes", len(ids), "texts") as advance:
         for numbers, vectors in threads.map(run, batches):
