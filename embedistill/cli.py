@@ -388,13 +388,18 @@ def cache_import_command(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     embedding_column: Annotated[str, typer.Option(help="Column of the vectors.")] = "embedding",
+    kind: Annotated[
+        Literal["plain", "query", "document"], typer.Option(help="What the texts are, where the teacher has prompts.")
+    ] = "plain",
     cache_dir: CacheOption = None,
 ) -> None:
     """Take the vectors of a parquet file into the cache; another's are first compared with the teacher's own."""
     _hush()
     from embedistill.precomputation import import_embeddings
 
-    added = import_embeddings(file, teacher, cache_dir, text_column, embedding_column)
+    added = import_embeddings(
+        file, teacher, cache_dir, text_column=text_column, embedding_column=embedding_column, kind=kind
+    )
     typer.echo(f"{added:,} vectors taken in, the others were there")
 
 

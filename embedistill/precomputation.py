@@ -91,8 +91,10 @@ def import_embeddings(
     file: Path,
     teacher: str | None = None,
     cache_dir: str | Path | None = None,
+    *,
     text_column: str = "text",
     embedding_column: str = "embedding",
+    kind: Kind = "plain",
 ) -> int:
     """Take the vectors of a parquet file into the cache, and return how many it lacked.
 
@@ -103,6 +105,7 @@ def import_embeddings(
         cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
         text_column: Column of the texts.
         embedding_column: Column of the vectors.
+        kind: What the texts are to a teacher that tells queries from documents.
 
     Raises:
         UsageError: The file is none of these, names no teacher, or has vectors of another.
@@ -116,16 +119,16 @@ def import_embeddings(
     else:
         encoder = LocalEncoder(locate(teacher, models_dir=folder / "models"), choose_dtype("auto"))
         texts, vectors = next(read_embeddings(file, text_column, embedding_column), ([], np.empty((0, 0), np.float32)))
-        _check_same(file, encoder, texts[:_COMPARED], vectors[:_COMPARED])
-        cache = CachedTeacher(encoder, folder / "embeddings").cache()
+        _check_same(file, encoder, kind, texts[:_COMPARED], vectors[:_COMPARED])
+        cache = CachedTeacher(encoder, folder / "embeddings").cache(kind)
     return import_vectors(cache, file, text_column, embedding_column)
 
 
-def _check_same(file: Path, encoder: LocalEncoder, texts: Sequence[str], vectors: Embeddings) -> None:
+def _check_same(file: Path, encoder: LocalEncoder, kind: Kind, texts: Sequence[str], vectors: Embeddings) -> None:
     """Make sure that vectors are what a teacher makes of their texts; another dimension is found later."""
     if not texts:
         return
-    own = encoder.run(encoder.prepare(texts, "plain"))[0].vectors
+    own = encoder.run(encoder.prepare(texts, kind))[0].vectors
     if own.shape != vectors.shape:
         return
     cosine = float(np.einsum("nd,nd->n", own, Encoded.of(vectors).vectors).min())

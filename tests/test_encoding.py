@@ -419,3 +419,21 @@ def test_a_static_teacher_reads_to_the_end_and_has_a_key(mpnet_dir: Path, tmp_pa
     assert cached.encode_missing(texts, "document") == len(set(texts))
     np.testing.assert_allclose(cached.vectors(texts, "document"), model.encode(texts), atol=1e-6)
     assert cached.encoder.describe("document", "float32")["max_seq_length"] is None
+
+
+def test_a_teacher_that_cuts_queries_earlier_keeps_them_apart(mpnet_dir: Path, tmp_path: Path) -> None:
+    """sentence-transformers 6 has lengths by kind: the same text has two vectors then."""
+    plain = LocalEncoder(find(mpnet_dir), torch.float32)
+    assert plain.describe("query", "float16") == plain.describe("document", "float16")
+    model = SentenceTransformer(str(mpnet_dir), device="cpu")
+    model[0].query_length = 4  # type: ignore[union-attr]
+    model.save_pretrained(str(tmp_path / "short"))
+    short = LocalEncoder(find(tmp_path / "short"), torch.float32)
+    assert short.describe("query", "float16") != short.describe("document", "float16")
+    text = ["ship wave sand stone water light"]
+    queries, documents = (
+        CachedTeacher(short, tmp_path / "cache").vectors(text, kind) for kind in ("query", "document")
+    )
+    np.testing.assert_allclose(queries, short.model.encode_query(text), atol=1e-3)
+    np.testing.assert_allclose(documents, short.model.encode_document(text), atol=1e-3)
+    assert float((queries * documents).sum()) < 0.999

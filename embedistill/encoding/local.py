@@ -33,6 +33,7 @@ from embedistill.teacher import Kind, LocatedModel, encode, find_prompt, load
 Batch = tuple[Sequence[int], Vectors, int]
 """Numbers of the texts of a batch, their vectors, and how many tokens of padding it had."""
 
+_BY_KIND = ("query_length", "document_length", "query_expansion")  # of a transformer that tells queries from documents
 _TOKENISED_TOGETHER = 256
 _PACKED_TOKENS = (128, 4096)  # of a batch of one core
 _PADDED_TOKENS = {"cpu": 4096, "mps": 16_384, "cuda": 131_072}
@@ -131,8 +132,7 @@ class LocalEncoder:
         return (
             type(first) is Transformer
             and first.module_output_name == "token_embeddings"
-            and first.query_length is None
-            and first.document_length is None
+            and not any(getattr(first, name, None) for name in _BY_KIND)
             and getattr(first.tokenizer, "padding_side", "") == "right"
             and self.model.truncate_dim is None
             and all(type(module) in {Pooling, Dense, Normalize, LayerNorm, Dropout} for module in others)
@@ -143,14 +143,15 @@ class LocalEncoder:
 
         The modules' own configuration stands for pooling, normalisation and whatever else a teacher does.
         """
-        routed = type(self.model[0]).__name__ == "Router"
+        first: Any = self.model[0]
+        tells_kinds = type(first).__name__ == "Router" or any(getattr(first, name, None) for name in _BY_KIND)
         length = self.model.max_seq_length
         return {
             "teacher": self.located.name,
             "weights_sha256": self.located.weights_sha256,
             "settings_sha256": self.located.settings_sha256,
             "prompt": find_prompt(self.model, kind),
-            "task": kind if routed else None,
+            "task": kind if tells_kinds else None,
             "max_seq_length": length if length and math.isfinite(length) else None,  # a static model reads to the end
             "modules": [repr(module) for module in self.model][1:],
             "normalised": True,
