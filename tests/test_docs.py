@@ -39,7 +39,7 @@ def place(
     shipped = recipe.find_recipe("quickstart").read_text()
     tiny = re.sub(r"source: .*", f"source: {corpus_file}\n  text_column: body\n  query_column: title", shipped)
     tiny = re.sub(r"layers: .*", "layers: 2", tiny).replace("embedding_size: 384", "embedding_size: 16")
-    tiny = tiny.replace("  minutes: 2\n", "  epochs: 1\n").replace("  batch_size: 32", "  batch_size: 16")
+    tiny = tiny.replace("  minutes: 3\n", "  epochs: 1\n").replace("  batch_size: 64", "  batch_size: 16")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "quickstart.yaml").write_text(tiny)
     monkeypatch.setattr(loading, "RECIPES", tmp_path / "recipes")
