@@ -103,7 +103,7 @@ def test_two_nodes_do_what_a_killed_run_left_with_the_bytes_of_the_local_engine(
 ) -> None:
     from ray.data import DataContext
 
-    monkeypatch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 60)  # so that each does some
+    monkeypatch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 240)  # so that each does some
     cache = open_cache(teacher, tmp_path / "here")
     store = f"{bucket}/{cache.key}"
     kill_half_way(cache, spec, texts[: 18 * WINDOW], store)
