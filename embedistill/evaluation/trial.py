@@ -59,7 +59,7 @@ def make_candidate(
 ) -> Candidate:
     """Return a model that encodes by itself, in fp32 and without padding where it can."""
     encoder = LocalEncoder(located, torch.float32)
-    encode_all = partial(encode_here, encoder, role)
+    encode_all = partial(encode_here, encoder, role.rpartition("/")[2])
     return Candidate(role, located.name, encode_all, space, encoder.model, located.path)
 
 
