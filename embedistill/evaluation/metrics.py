@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Values = npt.NDArray[np.float64]
 Ranking = npt.NDArray[np.int64]
@@ -114,6 +115,12 @@ def _sort(values: npt.NDArray[Any]) -> _Order:
     return _Order(items, np.flatnonzero(np.diff(values[items], prepend=values[items[0]] - 1)))
 
 
+def _cumulate(rows: _Floats) -> _Floats:
+    """Return cumulative sums along rows. numpy's hold Python's lock, so that no other thread works meanwhile."""
+    sums: _Floats = torch.from_numpy(rows).cumsum(dim=1).numpy()
+    return sums
+
+
 def _dot(first: _Floats, second: _Floats) -> _Floats:
     product: _Floats = np.einsum("rn,rn->r", first, second)
     return product
@@ -143,7 +150,7 @@ def _prepare_spearman(variables: Sequence[Values], reference: Values) -> _Metric
 
 def _rank(totals: _Floats) -> tuple[_Floats, _Floats]:
     """Return the mean rank of each run less the middle one, and the sum of their squares over all items."""
-    ranks = np.cumsum(totals, axis=1)
+    ranks = _cumulate(totals)
     middle = ranks[:, -1:] / 2
     ranks -= totals / 2
     ranks -= middle
@@ -158,8 +165,8 @@ def _prepare_precision(scores: Sequence[Values], positive: npt.NDArray[np.bool_]
         hits = weights * positive
         found = np.zeros((len(weights), len(scores)), weights.dtype)
         for column, order in enumerate(orders):
-            steps, seen = order.total(hits), np.cumsum(order.total(weights), axis=1)
-            hit = np.cumsum(steps, axis=1)
+            steps, seen = order.total(hits), _cumulate(order.total(weights))
+            hit = _cumulate(steps)
             precision = np.divide(hit, seen, out=np.zeros_like(hit), where=seen > 0)
             np.divide(_dot(steps, precision), hit[:, -1], out=found[:, column], where=hit[:, -1] > 0)
         return found
