@@ -46,7 +46,7 @@ bootstrap. What was tried on the way, and what failed: `LOG.md`.
 CAVEATS = """
 ## Why retrieval falls short of its aims
 
-The aims are those that were set before anything was measured. What was tried, on dev data (TIME, CISI, texts kept out;
+The aims were set before these runs. What was tried, on dev data (TIME, CISI, texts kept out;
 `LOG.md`), all with 4 x 312:
 
 - **More steps**: of an hour, TIME keeps 83 to 86 % after 400 steps, 85 to 89 % after 760 and 89 to 90 % after 4,430,
@@ -58,9 +58,9 @@ The aims are those that were set before anything was measured. What was tried, o
 - **An order**: short texts first: STS +.9 on a mix with many passages, retrieval the same.
 - **Rates** from 2e-4 to 1.5e-3: within chance up to 1e-3.
 
-So the best explanation is the budget: a cosine to the teacher of .79 to .85 at the end is still rising, and the order
-of a collection asks for more of it than the order of pairs does. A student of twice the size, or of many more steps, as
-one GPU makes them in an hour, is what to try next; no such run is in these tables.
+So the best explanation is the budget: the cosine to the teacher rose to .79 to .85, for as long as the learning rate
+let it, and the order of a collection asks for more of it than the order of pairs does. A student of twice the size,
+or of many more steps, as one GPU makes them in an hour, is what to try next; no such run is in these tables.
 
 ## What to keep in mind
 
@@ -70,8 +70,8 @@ one GPU makes them in an hour, is what to try next; no such run is in these tabl
 - The retrieval mean is of three small collections (29, 225 and 96 queries): its intervals are wide.
 - The texts are under many licences, some for research only: the corpus is not published. The recipes name public
   datasets in its place; students trained on those are not in these tables.
-- Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m were planned for 60,
-  of mpnet-6l for 30; other work beside them took the rest.
+- Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m and
+  mpnet-384 were planned for 60, of mpnet-6l for 30; other work beside them took the rest.
 """
 
 

@@ -38,7 +38,7 @@ _FEWEST = 50  # items: of fewer nothing is said
 _RESAMPLES = 1_000
 _CENTRES = 256
 _LETTERS_AN_ERROR = 15
-_RARE_LANGUAGE = 20
+_RARE_LANGUAGE = 20  # a language of fewer than one text in so many is taken for an error
 
 Measure = Callable[[Sequence[str]], Values]
 """From texts to a number each, by which they are told apart."""

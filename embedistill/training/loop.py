@@ -324,20 +324,25 @@ class _Watch(TrainerCallback):
         last = {name: value for name, value in state.log_history[-1].items() if not name.startswith("dev_")}
         lost = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
         if lost:
-            do = "lower training.learning_rate, or set training.dtype=float32"
-            raise EmbedistillError(f"training, step {state.global_step}", f"{', '.join(lost)} not finite", do=do)
+            raise _not_finite(state, ", ".join(lost))
         if state.is_world_process_zero:
             write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.loss.parameters()):
+            raise _not_finite(state, "weights")  # before further ones take the place of the last good checkpoint
         if state.is_world_process_zero:
             if own := self.loss.own_state():
                 save_file(own, self._checkpoint(state) / _LOSS_STATE)
-            if all(bool(torch.isfinite(weight).all()) for weight in self.loss.parameters()):
-                write_text(self._checkpoint(state) / _COMPLETE, "")
+            write_text(self._checkpoint(state) / _COMPLETE, "")
 
     def _checkpoint(self, state: TrainerState) -> Path:
         return self.folder / f"checkpoint-{state.global_step}"
+
+
+def _not_finite(state: TrainerState, what: str) -> EmbedistillError:
+    do = "lower training.learning_rate, or set training.dtype=float32"
+    return EmbedistillError(f"training, step {state.global_step}", f"{what} not finite", do=do)
 
 
 class _Stopwatch(TrainerCallback):
