@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 failed or below the margin, 2 wrong use, 3 undecided: more
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import traceback
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -267,11 +269,20 @@ def search(
 @recipes_app.command("list")
 def list_command(as_json: JsonOption = False) -> None:
     """List the recipes."""
-    lines = {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in list_recipes()}
+    lines = {path.stem: _describe_recipe(path) for path in list_recipes()}
     if as_json:
         typer.echo(json.dumps(lines, indent=2, ensure_ascii=False))
     else:
         _print_table(["recipe", "what for"], [list(line) for line in lines.items()])
+
+
+def _describe_recipe(path: Path) -> str:
+    """Return the first sentence of a recipe's header."""
+    header = [
+        line.lstrip("# ")
+        for line in takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    ]
+    return re.split(r"(?<=[.:;]) ", " ".join(header))[0].rstrip(".:;") + "."
 
 
 @recipes_app.command("show")

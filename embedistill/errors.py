@@ -30,6 +30,10 @@ class UsageError(EmbedistillError):
     exit_code = 2
 
 
+class MissingError(UsageError):
+    """Something is not there that a run may be able to do without."""
+
+
 class RecipeError(UsageError):
     """All that is wrong with one recipe.
 

@@ -102,3 +102,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_jsonl(name: str) -> bool:
+    """Say whether a name is that of a .jsonl file, compressed or not."""
+    return name.endswith((".jsonl", ".jsonl.gz"))

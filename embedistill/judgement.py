@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from embedistill.stages import list_versions
 from embedistill.student.head import Matrix, project
 from embedistill.student.saving import SPACE, load_projection
 from embedistill.teacher import (
+    Kind,
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
@@ -100,12 +101,18 @@ def evaluate(
     allowed = check_margin("margin", margin) if teacher else None
     check_margin("segment_margin", segment_margin)
     cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
+    if folder and not folder.is_dir():
+        raise UsageError(str(folder), "no such folder", "one with sts/, retrieval/ and the like", "check --data")
     names = tasks or (list_tasks(folder) if folder else [])
     if not names:
-        raise UsageError("tasks", "none, and no folder of them", "names of tasks, or --data DIR for all of a folder")
+        found = f"none in {folder}" if folder else "none, and no folder of them"
+        raise UsageError("tasks", found, "names of tasks, or --data DIR for all of a folder")
     loaded = load_tasks(names, folder, skip_missing=False)
     run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
-    local = LocalEncoder(locate(teacher, models_dir=cache / "models"), choose_dtype("auto")) if teacher else None
+    _check_out(out)
+    prompts = _find_prompts(run, teacher)
+    taught_by = locate(teacher, models_dir=cache / "models", prompts=prompts) if teacher else None
+    local = LocalEncoder(taught_by, choose_dtype("auto")) if taught_by else None
     vectors = CachedTeacher(local, cache / "embeddings").vectors if local else None
     agreement = [task.name for task in loaded if isinstance(task, AgreementTask)]
     if agreement and teacher is None:
@@ -247,6 +254,7 @@ def compare(
     """
     allowed = check_margin("margin", margin)
     gate = _default_gate(allowed) if segment_margin is None else check_margin("segment_margin", segment_margin)
+    _check_out(out)
     folders = [Path(run) for run in runs]
     reports = [load_report(folder) for folder in folders]
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
@@ -296,6 +304,28 @@ def check_margin(name: str, margin: float | None) -> float:
     return MARGIN if margin is None else margin
 
 
+def _find_prompts(run: Path | None, teacher: str | None) -> Mapping[Kind, str]:
+    """Return the prompts that a run's recipe gave its teacher, if it is the same."""
+    record = read_json(run / "run.json")["stages"].get("encode", {}).get("teacher", {}) if run else {}
+    same = teacher and record.get("name") in {teacher, str(Path(teacher).expanduser().absolute())}
+    return record.get("prompts", {}) if same else {}
+
+
+def _check_out(out: str | Path | None) -> None:
+    """Raise an error where a report would take the place of what is not a report's."""
+    folder = Path(out or "")
+    results = folder / "results"
+    files = [path for path in results.rglob("*") if path.is_file()] if out else []
+    others = [path.name for path in files if path.suffix != ".json" or path.parent.parent != results]
+    if out and (folder / "run.json").is_file():
+        found = "a run, whose own report would be lost"
+    elif out and others:
+        found = f"a folder results/ that is not of an evaluation: {', '.join(sorted(others)[:3])}"
+    else:
+        return
+    raise UsageError(f"--out {out}", found, "a new folder, or that of an earlier evaluation", "choose another")
+
+
 def _default_gate(margin: float) -> float:
     return min(2 * margin, 0.99)
 
@@ -318,7 +348,12 @@ def _same(vectors: Matrix) -> Matrix:
 
 
 def _same_items(teacher: Result, other: Result | None) -> bool:
-    return other is not None and (other.task_sha256, other.model) == (teacher.task_sha256, teacher.model)
+    """Say whether two results are of one teacher on the same items, searched in the same kind of index."""
+    return other is not None and _identify(other) == _identify(teacher)
+
+
+def _identify(result: Result) -> tuple[str, str, str]:
+    return result.task_sha256, result.model, result.details.get("index", {}).get("kind", "")
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill.architectures import read_config, with_sizes
 from embedistill.corpus.reading import describe_source
-from embedistill.encoding.hardware import choose_dtype
+from embedistill.encoding.hardware import choose_dtype, find_training_device
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
 from embedistill.forecast import Forecast, choose_by_speed, forecast
@@ -23,6 +23,7 @@ from embedistill.precomputation import read_records
 from embedistill.recipe import Recipe, ShapeSection, StudentSection, TrainingSection
 from embedistill.student.head import Matrix
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, plan_transformer
+from embedistill.student.vocabulary import check_vocabulary
 from embedistill.teacher import default_cache_dir, load, locate
 from embedistill.training.batches import Rows, count_tokens
 
@@ -58,10 +59,15 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
         raise UsageError("student.from", recipe.student.origin, "teacher: only what is cut out of it is planned")
     describe_source(recipe.corpus.sources)
     located = locate(
-        recipe.teacher.model, recipe.teacher.revision, models_dir=Path(cache_dir or default_cache_dir()) / "models"
+        recipe.teacher.model,
+        recipe.teacher.revision,
+        models_dir=Path(cache_dir or default_cache_dir()) / "models",
+        prompts=recipe.teacher.prompts,
     )
     config = read_config(located.path)
     teacher = load(located)
+    if recipe.student.vocabulary_size:
+        check_vocabulary(teacher.tokenizer, recipe.student.vocabulary_size)
     sizes = plan_student(recipe.student, config, teacher).sizes
     training = recipe.training
     n_texts, sample = _sample_corpus(recipe, max(_SAMPLE, training.batch_size))
@@ -74,7 +80,7 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
         step_texts=[sample[row] for row in batch],
         steps=min(steps, training.steps or steps),
         most_hours=training.minutes / 60 if training.minutes else None,
-        dtype=choose_dtype(training.dtype),
+        dtype=choose_dtype(training.dtype, find_training_device()),
     )
     encoder = LocalEncoder(located, choose_dtype(recipe.teacher.dtype))
     encoder.run(encoder.prepare(sample[:8], "document"))

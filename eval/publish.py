@@ -13,7 +13,6 @@ fails where the page is not what the figures say.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from embedistill.evaluation.segments import MISSPELT
 from embedistill.files import read_json, write_json, write_text
 from embedistill.judgement import RESAMPLES, SEED
 from embedistill.recipe import load_recipe
+from embedistill.report.rendering import read_log
 from embedistill.teacher import default_cache_dir, load, locate
 
 HERE = Path(__file__).parent
@@ -108,11 +108,10 @@ def main() -> None:
 def describe_run(folder: Path) -> dict[str, Any]:
     """Return sizes, training and machine of a run."""
     record = read_json(folder / "run.json")
-    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     return describe_model(str(folder / "model")) | {
         "seed": load_recipe(folder / "recipe.yaml").seed,
         "texts": len(load_corpus(folder / "corpus.parquet")["train"]),
-        "steps": max(entry["step"] for entry in log),
+        "steps": max(entry["step"] for entry in read_log(folder)),
         "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
         "hardware": record["hardware"],
         "versions": record["versions"],

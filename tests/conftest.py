@@ -173,7 +173,7 @@ def unmeasured() -> Iterator[None]:
     """Spare every run what only measures: how models start, in processes of their own, and how fast they would be."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forecast, "_SECONDS", 0.0)
-        patch.setattr(hardware, "measure_products", lambda: {torch.float32: 2.0, torch.bfloat16: 1.0})
+        patch.setattr(hardware, "measure_products", lambda **_: {torch.float32: 2.0, torch.bfloat16: 1.0})
         patch.setattr(trial, "measure_start", lambda *_: Start(1.0, 100.0))
         yield
 

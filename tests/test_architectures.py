@@ -49,6 +49,7 @@ from embedistill.student.head import solve_ridge
 from embedistill.student.planning import plan_transformer
 from embedistill.student.selection import select_narrow
 from embedistill.student.width import fit_narrow
+from embedistill.training.packed import _Forward
 
 VOCABULARY = 60
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
@@ -434,6 +435,15 @@ def test_distilbert_without_padding_gives_what_the_model_gives() -> None:
     rows = [row for hidden in PackedBody(model, torch.float32).forward(texts) for row in hidden]
     for row, text in zip(rows, texts, strict=True):
         torch.testing.assert_close(row, run(model, [text])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_distilbert_trains_though_its_tokenizer_tells_sentences_apart() -> None:
+    model = make_model("distilbert")
+    texts = torch.stack([text[:3] for text in TEXTS])
+    mask = torch.ones_like(texts)
+    expected = model(input_ids=texts, attention_mask=mask).last_hidden_state
+    found = _Forward(model, torch.float32)(texts, mask, token_type_ids=torch.zeros_like(texts)).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_another_architecture_is_refused_before_it_is_loaded(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_the_page_on_encoding_runs(
         assert code == 0, (line, err)
         assert out or "prune" in line
     recipes = re.findall(r"```yaml\n(.*?)```", ENCODING, re.DOTALL)
-    assert len(recipes) == 2
+    assert len(recipes) == 3
     for section in recipes:
         (place / "mine.yaml").write_text(
             "name: mine\ncorpus: {source: my.jsonl}\nstudent: {layers: 2}\n"

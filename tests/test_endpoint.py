@@ -157,6 +157,16 @@ def test_the_cache_is_of_the_address_and_the_name(server: StandIn, tmp_path: Pat
     assert [body["input"] for body in server.bodies] == [[endpoint._PROBE_TEXT]] * 2
 
 
+def test_prompts_of_a_recipe_are_sent_before_texts(server: StandIn, tmp_path: Path) -> None:
+    encoder = EndpointEncoder(server.url, "m", prompts={"query": "q: ", "plain": "t: "})
+    cached = CachedTeacher(encoder, tmp_path, "float32")
+    cached.vectors(["ship"], "query")
+    cached.vectors(["ship"], "document")
+    assert [body["input"] for body in server.bodies][1:] == [["q: ship"], ["t: ship"]]
+    manifests = [read_json(cached.cache(kind).folder / "manifest.json") for kind in ("query", "document")]
+    assert [manifest["prompt"] for manifest in manifests] == ["q: ", "t: "]
+
+
 def test_effort_and_progress(server: StandIn, sentences: list[str]) -> None:
     told: list[int] = []
     encoded, effort = make(server).run(sentences[:7], told.append)

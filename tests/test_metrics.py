@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, v_measure_score
 
 from embedistill.errors import EmbedistillError
-from embedistill.evaluation import probes
+from embedistill.evaluation import probes, trial
 from embedistill.evaluation.comparison import Retention, _count_needed, compare_results, correct, decide
 from embedistill.evaluation.costs import measure_start
 from embedistill.evaluation.metrics import (
@@ -379,3 +379,11 @@ def test_a_new_process_says_what_a_model_needs(teacher_dir: Path, tmp_path: Path
     assert 100 < start.peak_megabytes < 10_000
     with pytest.raises(EmbedistillError, match=r"nothing: .*; check that SentenceTransformer\(path\) loads it"):
         measure_start(tmp_path / "nothing", ["a ship"])
+
+
+def test_a_model_whose_start_cannot_be_measured_is_compared_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trial, "measure_start", measure_start)
+    assert trial._try_start(tmp_path / "nothing", ["a ship"]) is None
+    assert "Start and memory are not measured: model" in capsys.readouterr().err

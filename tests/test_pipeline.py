@@ -88,6 +88,9 @@ def test_killed_in_every_stage_the_run_comes_to_the_same_report(recipe_file: Pat
     for mine, theirs in zip(killed["comparisons"], whole["comparisons"], strict=True):
         assert mine["values"] == pytest.approx(theirs["values"], abs=1e-3)
     assert not list((tmp_path / "killed" / "run").glob(".*.part"))
+    records = [json.loads((tmp_path / name / "run" / "run.json").read_text()) for name in ("killed", "whole")]
+    resumed = [{name for name, stage in record["stages"].items() if stage["resumed"]} for record in records]
+    assert resumed == [{"corpus", "encode", "student", "training", "evaluation", "report", "index"}, set()]
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +163,18 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
 def test_a_finished_run_is_evaluated_anew_where_only_that_changed(
     recipe_file: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distill(load_recipe(recipe_file, "name=r", "evaluation.tasks=[agreement]", "training.epochs=0.1"), "run")
+    distill(load_recipe(recipe_file, "training.epochs=0.1", "evaluation.tasks=[agreement]"), "run")
     rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
     pairs = [{"sentence1": row["body"], "sentence2": row["title"], "score": n} for n, row in enumerate(rows)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for name in ("read", "encode", "build", "train"):
         monkeypatch.setattr(pipeline._Line, name, lambda self: pytest.fail("run again"))
     changed = ["evaluation.tasks=[agreement, own.jsonl]", "evaluation.misspelt=true", "evaluation.index=hnsw"]
-    report = distill(load_recipe(recipe_file, "name=r", "training.epochs=0.1", *changed), "run").report
+    report = distill(load_recipe(recipe_file, "training.epochs=0.1", *changed), "run").report
     assert {row.task for row in report.comparisons} == {"agreement", "own"}
     assert report.contamination["own"] > 200  # a task of the training texts, that nobody named before the training
     monkeypatch.setattr(pipeline._Line, "evaluate", lambda self: pytest.fail("run again"))
-    report = distill(
-        load_recipe(recipe_file, "name=r", "training.epochs=0.1", *changed, "evaluation.margin=0.5"), "run"
-    )
+    report = distill(load_recipe(recipe_file, "training.epochs=0.1", *changed, "evaluation.margin=0.5"), "run")
     assert report.report.verdict
 
 
@@ -244,7 +245,14 @@ def test_what_cannot_be_is_said_before_anything_is_encoded(
     recipe_file: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LocalEncoder, "run", lambda *_, **__: pytest.fail("encoded"))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a"}\n{"text": "b"}\n')
     cases = {
+        ("evaluation={data: nowhere, missing: skip}",): "nowhere: no such folder",
+        (f"training.dev_task={texts}",): "training.dev_task: {texts}: texts alone; expected pairs",
+        ("training.dev_task=STS12.dev", f"evaluation.data={data_dir}"): "training.dev_task: STS12.dev: not in",
+        ("student={layers: 2, vocabulary_size: 20}",): "student.vocabulary_size: 20; expected at least 193",
+        ("student={from: static, vocabulary_size: 20}",): "student.vocabulary_size: 20; expected at least 193",
         ("student.layers=9",): "student.layers: 9; expected at most the teacher's 4",
         ("evaluation.tasks=[STS99]", f"evaluation.data={data_dir}"): "STS99: not in",
         ("evaluation.tasks=[STS12]",): "the Hub does not answer",
@@ -258,7 +266,7 @@ def test_what_cannot_be_is_said_before_anything_is_encoded(
         recipe = load_recipe(recipe_file, *overrides)
         with pytest.raises(EmbedistillError) as error:
             distill(recipe, tmp_path / recipe.name)
-        assert message in str(error.value)
+        assert message.replace("{texts}", str(texts)) in str(error.value)
     with pytest.raises(RecipeError):
         load_recipe(recipe_file, "student.layers=0")
 
@@ -268,6 +276,18 @@ def test_a_task_that_cannot_be_had_may_be_skipped_and_stays_so(recipe_file: Path
     report = distill(recipe, tmp_path / "run").report
     assert list(report.skipped) == ["STS12"]
     assert {row.task for row in report.comparisons} == {"agreement"}
+
+
+def test_tasks_that_could_not_be_had_are_asked_for_again_until_the_corpus_is_read(
+    recipe_file: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_file, "evaluation.tasks=[agreement, STS12]", "evaluation.missing=skip")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "read_records", lambda _: (_ for _ in ()).throw(EmbedistillError("hf:", "no answer")))
+        with pytest.raises(EmbedistillError, match="no answer"):
+            distill(recipe, tmp_path / "run")
+    monkeypatch.setattr(pipeline, "load_tasks", lambda names, *_, **__: [load_task(name, data_dir) for name in names])
+    assert distill(recipe, tmp_path / "run").report.skipped == []
 
 
 def test_a_recipe_that_came_to_nothing_may_be_mended(recipe_file: Path, tmp_path: Path) -> None:
@@ -355,6 +375,30 @@ def test_a_model_is_evaluated_beside_its_teacher(teacher_dir: Path, mpnet_dir: P
     assert alone.comparisons[0].retention == {}
     sts = same.comparisons[0]
     assert np.isfinite(list(sts.values.values())).all()
+
+
+def test_a_report_does_not_take_the_place_of_a_runs_own(finished: Path, data_dir: Path, tmp_path: Path) -> None:
+    student = finished / "run" / "model"
+    with pytest.raises(UsageError, match="a run, whose own report would be lost; expected a new folder"):
+        evaluate(student, ["STS12"], data=data_dir, out=finished / "run")
+    with pytest.raises(UsageError, match="a run, whose own report would be lost"):
+        compare(finished / "run", finished / "run", out=finished / "run")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.csv").write_text("1")
+    with pytest.raises(UsageError, match=r"a folder results/ that is not of an evaluation: mine\.csv"):
+        evaluate(student, ["STS12"], data=data_dir, out=tmp_path)
+    for _ in range(2):  # that of an earlier evaluation is replaced
+        evaluate(student, ["STS12"], data=data_dir, out=tmp_path / "judged")
+
+
+def test_runs_searched_in_other_indexes_are_not_compared(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "other")
+    for path in (tmp_path / "other" / "results" / "Tiny").glob("*.json"):
+        path.write_text(path.read_text().replace('"kind": "flat"', '"kind": "hnsw"'))
+    shared = {row.task for row in compare(finished / "run", tmp_path / "other").comparisons}
+    assert "STS12" in shared
+    assert "Tiny" not in shared
+    assert "Tiny" in {row.task for row in compare(finished / "run", finished / "run").comparisons}
 
 
 def test_runs_without_a_common_task_cannot_be_compared(finished: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -149,6 +149,26 @@ def test_an_overridden_recipe_has_a_run_folder_of_its_own(tmp_path: Path) -> Non
     assert load_recipe(write(tmp_path, GOOD), "seed=7", "name=mine").name == "mine"
 
 
+def test_what_a_finished_run_may_be_given_anew_leaves_its_folder_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    anew = ["evaluation.misspelt=true", "search={question: where, results: 2}"]
+    assert load_recipe(path, *anew).name == "x"
+    assert load_recipe(path, "seed=7", *anew).name == load_recipe(path, "seed=7").name
+
+
+def test_files_of_tasks_are_found_from_another_folder_too(tmp_path: Path) -> None:
+    tasks = ("evaluation.tasks=[STS12, own.jsonl.gz, ~/mine.jsonl]", "training.dev_task=dev.jsonl")
+    recipe = load_recipe(write(tmp_path, GOOD), *tasks)
+    home = str(Path.home() / "mine.jsonl")
+    assert recipe.evaluation.tasks == ["STS12", str(Path("own.jsonl.gz").absolute()), home]
+    assert recipe.training.dev_task == str(Path("dev.jsonl").absolute())
+
+
+def test_segments_are_not_judged_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="segment_margin beside a margin, without which there is no verdict"):
+        load_recipe(write(tmp_path, GOOD), "evaluation.margin=null", "evaluation.segment_margin=0.1")
+
+
 def test_paths_become_absolute(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD), "evaluation.data=sets")
     assert recipe.corpus.source == str(tmp_path / "a.txt")

@@ -18,7 +18,7 @@ from embedistill.evaluation.costs import ModelFacts, measure_speed
 from embedistill.evaluation.segments import Segment
 from embedistill.report import figures
 from embedistill.report.document import Report, load_report, save_report
-from embedistill.report.rendering import to_table, write_page
+from embedistill.report.rendering import read_log, to_table, write_page
 from embedistill.report.wording import explain_verdict, format_retention, format_seconds, shorten
 
 FROZEN = Path(__file__).parent / "reports"
@@ -523,3 +523,10 @@ def test_speed_takes_turns() -> None:
     assert [name for name, n_texts in calls if n_texts == 10] == ["a", "b", "a", "b"]
     assert sum(n_texts == 1 for _, n_texts in calls) == 2 * 10
     assert all(speed.texts_per_second > 0 and speed.p50_ms <= speed.p95_ms for speed in speeds.values())
+
+
+def test_a_second_training_goes_on_where_the_first_ended(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == []
+    (tmp_path / "training_log.jsonl").write_text('{"step": 5, "loss": 2}\n{"step": 10, "loss": 1}\n')
+    (tmp_path / "training_log-1.jsonl").write_text('{"step": 3, "loss": 7}\n')
+    assert [(entry["step"], entry["loss"]) for entry in read_log(tmp_path)] == [(5, 2), (10, 1), (13, 7)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from embedistill.architectures import Sizes, find_words, read_config
 from embedistill.errors import UsageError
@@ -111,6 +111,17 @@ def test_a_static_student_has_no_layers_and_says_what_its_pieces_say(
     save_student(student, tmp_path / "s", None, {"layers": None})
     again = SentenceTransformer(str(tmp_path / "s"), device="cpu")
     np.testing.assert_allclose(again.encode(sentences[:9]), student.encode(sentences[:9]), atol=1e-6)
+
+
+def test_a_student_pools_the_prompts_that_it_is_trained_with(mpnet_dir: Path, sentences: list[str]) -> None:
+    teacher = SentenceTransformer(str(mpnet_dir), device="cpu", prompts={"query": "ship : "})
+    teacher[1].include_prompt = False
+    vectors = teacher.encode(sentences)
+    student, _ = build_student(teacher, TransformerPlan(sizes_of(teacher, layers=2), [0, 3]), sentences, vectors)
+    expected = student.encode([f"ship : {text}" for text in sentences[:5]])
+    np.testing.assert_allclose(student.encode_query(sentences[:5]), expected, atol=1e-6)
+    assert all(module.include_prompt for module in list_body(teacher) if isinstance(module, Pooling))
+    assert not teacher[1].include_prompt
 
 
 def test_another_model_as_the_start_gets_a_head_into_the_teachers_space(

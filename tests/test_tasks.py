@@ -1,5 +1,6 @@
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -44,6 +45,13 @@ def test_without_folder_and_hub_a_set_is_an_error_or_is_left_out(capsys: pytest.
         load_task("STSBenchmark", None)
     assert load_tasks(["STSBenchmark"], None, skip_missing=True) == []
     assert "Task STSBenchmark is left out" in capsys.readouterr().err
+
+
+def test_a_set_with_a_bad_row_is_not_left_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "sts" / "S.jsonl", [{"sentence1": "a", "sentence2": "b"}])
+    with pytest.raises(UsageError, match=r"S\.jsonl:1"):
+        load_tasks(["S"], tmp_path, skip_missing=True)
+    assert load_tasks(["T"], tmp_path, skip_missing=True) == []
 
 
 def test_sets_from_the_hub_are_those_that_mteb_pins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +115,8 @@ def test_every_file_may_be_packed_or_named_test(tmp_path: Path) -> None:
     (beir / "qrels").mkdir()
     judged = b"query-id\tcorpus-id\tscore\nq0\td2\t1\nq1\td0\t2\n"
     (beir / "qrels" / "test.tsv.gz").write_bytes(gzip.compress(judged))
+    shutil.copy(tmp_path / "sts" / "S.test.jsonl", tmp_path / "sts" / "S.jsonl.bak")
+    write_rows(tmp_path / "sts" / "S.test.jsonl.gz", pairs)
     assert list_tasks(tmp_path) == ["S", "C", "R"]
     sts, classification, retrieval = load_tasks(["S", "C", "R"], tmp_path, skip_missing=False)
     assert isinstance(sts, StsTask)

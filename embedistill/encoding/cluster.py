@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,14 @@ class TeacherSpec:
         revision: Commit, tag or branch on the Hub.
         models_dir: Folder for models that come out of wheels; None: in the cache folder of each node.
         window: Texts that are encoded together and stored together.
+        prompts: What stands before texts of a kind, in place of what the teacher's configuration says.
     """
 
     name: str
     revision: str | None = None
     models_dir: str | None = None
     window: int = LocalEncoder.window
+    prompts: Mapping[Kind, str] = field(default_factory=dict)
 
 
 def encode_on_ray(
@@ -147,7 +149,7 @@ class Worker:
     def _encoder(self) -> LocalEncoder:
         wanted = self.manifest
         models_dir = Path(self.spec.models_dir or default_cache_dir() / "models")
-        located = locate(self.spec.name, self.spec.revision, models_dir=models_dir)
+        located = locate(self.spec.name, self.spec.revision, models_dir=models_dir, prompts=self.spec.prompts)
         encoder = LocalEncoder(replace(located, name=wanted["teacher"]), getattr(torch, wanted["compute_dtype"]))
         found = encoder.describe(self.kind, wanted["storage_dtype"])
         for name in wanted:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class EndpointEncoder:
         concurrency: Requests at a time.
         timeout: Seconds to wait for an answer.
         attempts: How often a request is sent before a server that is down, busy or silent is given up.
+        prompts: What is sent before texts of a kind; nothing where a kind is not there.
 
     Raises:
         UsageError: `url` is no address, or one with a secret in it; the key cannot be sent.
@@ -63,7 +64,9 @@ class EndpointEncoder:
         concurrency: int = 4,
         timeout: float = 60.0,
         attempts: int = 8,
+        prompts: Mapping[Kind, str] | None = None,
     ) -> None:
+        self._prompts = prompts or {}
         self.url, self.model = normalise_url(url), model
         self.window = batch * concurrency * _ROUNDS_A_WINDOW
         self._key_variable, self._key = key_variable, _read_key(key_variable)
@@ -99,7 +102,7 @@ class EndpointEncoder:
             "teacher": f"{self.url} {self.model}",
             "api": self.url,
             "model": self.model,
-            "prompt": "",
+            "prompt": self._find_prompt(kind),
             "normalised": True,
             "compute_dtype": "remote",
             "storage_dtype": storage,
@@ -126,7 +129,8 @@ class EndpointEncoder:
 
     def prepare(self, texts: Sequence[str], kind: Kind) -> list[str]:
         """Make texts fit to be sent: half of a surrogate pair is no UTF-8."""
-        return [text.encode("utf-8", "replace").decode() for text in texts]
+        prompt = self._find_prompt(kind)
+        return [(prompt + text).encode("utf-8", "replace").decode() for text in texts]
 
     def run(self, prepared: Sequence[str], advance: Callable[[int], None] = lambda _: None) -> tuple[Encoded, Effort]:
         """Encode texts and say what it took; `advance` is told how many are done, request by request.
@@ -145,6 +149,9 @@ class EndpointEncoder:
                 done, tokens = done + len(vectors), tokens + used
                 advance(len(vectors))
         return Encoded.of(raw), Effort(done, tokens, seconds=time.perf_counter() - start)
+
+    def _find_prompt(self, kind: Kind) -> str:
+        return self._prompts.get(kind, self._prompts.get("plain", ""))
 
     @property
     def _where(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from embedistill import hub
 from embedistill.corpus.reading import HALF_PAIR, read_text_lines
-from embedistill.errors import EmbedistillError, UsageError
+from embedistill.errors import EmbedistillError, MissingError, UsageError
 from embedistill.evaluation.tasks import (
     AgreementTask,
     ClassificationTask,
@@ -22,7 +22,7 @@ from embedistill.evaluation.tasks import (
     StsTask,
     Task,
 )
-from embedistill.files import write_text
+from embedistill.files import is_jsonl, write_text
 from embedistill.progress import note
 
 _Row = dict[str, Any]
@@ -38,7 +38,7 @@ def list_tasks(folder: Path) -> list[str]:
     """Return the names of the tasks in a folder, those for training and development left out."""
     names = [path.name.removesuffix(".gz").removesuffix(".jsonl") for path in _list_files(folder)]
     names = [name.removesuffix(".test") for name in names]
-    return [name for name in names if not name.endswith(_NOT_TEST)]
+    return [name for name in dict.fromkeys(names) if not name.endswith(_NOT_TEST)]
 
 
 def load_task(name: str, folder: Path | None) -> Task:
@@ -54,7 +54,7 @@ def load_task(name: str, folder: Path | None) -> Task:
         UsageError: There is no such task, or something is wrong in its data.
         EmbedistillError: The Hub does not answer.
     """
-    if is_file(name):
+    if is_jsonl(name):
         return _load_own(Path(name))
     if folder is None:
         return _load_from_hub(name)
@@ -73,7 +73,7 @@ def load_task(name: str, folder: Path | None) -> Task:
             if path := find_file(place):
                 return read(name, path)
     found = ", ".join(list_tasks(folder)) or "none there"
-    raise UsageError(f"evaluation.tasks: {name}", f"not in {folder}", f"one of: {found}")
+    raise MissingError(f"evaluation.tasks: {name}", f"not in {folder}", f"one of: {found}")
 
 
 def find_file(path: Path) -> Path | None:
@@ -81,29 +81,24 @@ def find_file(path: Path) -> Path | None:
     return next((found for found in (path, path.with_name(f"{path.name}.gz")) if found.is_file()), None)
 
 
-def is_file(name: str) -> bool:
-    """Say whether a task is named by a file of one's own."""
-    return name.endswith((".jsonl", ".jsonl.gz"))
-
-
 def describe_tasks(names: Iterable[str], folder: Path | None) -> list[Any]:
     """Return what changes when the data of tasks does: their names, and their files with size and time."""
     description: list[Any] = []
     for name in names:
-        files = [Path(name)] if is_file(name) else []
+        files = [Path(name)] if is_jsonl(name) else []
         files += sorted(folder.glob(f"*/{name}.*")) + sorted(folder.glob(f"retrieval/{name}/**/*")) if folder else []
         description.append([name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)])
     return description
 
 
 def load_tasks(names: Iterable[str], folder: Path | None, *, skip_missing: bool) -> list[Task]:
-    """Load tasks by name; those that cannot be had are an error, or are left out with a line that says so."""
+    """Load tasks by name; those that are not there are an error, or are left out with a line that says so."""
     tasks = []
     for name in names:
         try:
             tasks.append(load_task(name, folder))
         except EmbedistillError as error:
-            if not skip_missing:
+            if not skip_missing or (isinstance(error, UsageError) and not isinstance(error, MissingError)):
                 raise
             note(f"Task {name} is left out: {error}")
     return tasks
@@ -118,7 +113,7 @@ def save_sts(task: StsTask, folder: Path) -> None:
 
 def _list_files(folder: Path) -> list[Path]:
     kinds = ("sts", "pairs", "classification", "clustering")
-    files = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*.jsonl*"))]
+    files = [path for kind in kinds for path in sorted(folder.glob(f"{kind}/*")) if is_jsonl(path.name)]
     return files + sorted(path for path in folder.glob("retrieval/*") if path.is_dir())
 
 
@@ -322,10 +317,11 @@ def _load_from_hub(name: str) -> StsTask:
     try:
         metadata = mteb.get_task(name).metadata
     except KeyError:
-        raise UsageError(f"evaluation.tasks: {name}", "not a task of mteb", do="check the name") from None
+        do = "check the name, or name a folder that has it: evaluation.data=DIR or --data DIR"
+        raise MissingError(f"evaluation.tasks: {name}", "not a task of mteb", do=do) from None
     if metadata.type != "STS":
         do = "name a folder that has it: evaluation.data=DIR or --data DIR"
-        raise UsageError(f"evaluation.tasks: {name}", f"a task of type {metadata.type}", "an STS set", do)
+        raise MissingError(f"evaluation.tasks: {name}", f"a task of type {metadata.type}", "an STS set", do)
     where = f"hf:{metadata.dataset['path']}"
     try:
         rows = datasets.load_dataset(metadata.dataset["path"], revision=metadata.dataset["revision"], split="test")

@@ -15,14 +15,15 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill.corpus.records import normalise
 from embedistill.encoding.local import LocalEncoder, encode_here
-from embedistill.errors import UsageError
+from embedistill.errors import EmbedistillError, UsageError
 from embedistill.evaluation.comparison import choose_metric
-from embedistill.evaluation.costs import ModelFacts, describe_model, measure_speed, measure_start
+from embedistill.evaluation.costs import ModelFacts, Start, describe_model, measure_speed, measure_start
 from embedistill.evaluation.metrics import AVERAGE_PRECISION, SPEARMAN, Values
 from embedistill.evaluation.retrieval import Embeddings, IndexKind
 from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
 from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, Task, list_items, list_texts
+from embedistill.progress import note
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.teacher import LocatedModel, encode
 
@@ -124,9 +125,18 @@ def measure_candidates(candidates: Sequence[Candidate], texts: Sequence[str]) ->
     models = {one.role: (one, one.model, one.folder) for one in candidates if one.model and one.folder}
     speeds = measure_speed({role: partial(encode, model) for role, (_, model, _) in models.items()}, texts)
     return [
-        describe_model(role, one.name, model, folder, speed=speeds[role], start=measure_start(folder, texts))
+        describe_model(role, one.name, model, folder, speed=speeds[role], start=_try_start(folder, texts))
         for role, (one, model, folder) in models.items()
     ]
+
+
+def _try_start(folder: Path, texts: Sequence[str]) -> Start | None:
+    """Return what it costs to start a model; None, with a line that says so, where it cannot be had."""
+    try:
+        return measure_start(folder, texts)
+    except EmbedistillError as error:
+        note(f"Start and memory are not measured: {error}")
+        return None
 
 
 def choose_texts(tasks: Sequence[Task]) -> list[str]:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that checking a recipe takes a fraction of a seco
 
 from embedistill.recipe.loading import Setting, dump_recipe, find_recipe, list_recipes, list_settings, load_recipe
 from embedistill.recipe.sections import (
+    AFTERWARDS,
     AGREEMENT,
     KNOWN_ITEM,
     AssistantSection,
@@ -18,6 +19,7 @@ from embedistill.recipe.training import LIVE, CourseSection, TrainingSection
 from embedistill.recipe.values import Dtype, Phase
 
 __all__ = [
+    "AFTERWARDS",
     "AGREEMENT",
     "KNOWN_ITEM",
     "LIVE",

@@ -14,8 +14,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from embedistill.errors import RecipeError, UsageError
+from embedistill.files import is_jsonl
 from embedistill.recipe.notation import Dumper, Location, apply_override, read_yaml
-from embedistill.recipe.sections import Recipe
+from embedistill.recipe.sections import AFTERWARDS, Recipe
 from embedistill.recipe.training import CourseSection
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -27,7 +28,8 @@ def load_recipe(recipe: str | Path, *overrides: str) -> Recipe:
     """Load a recipe by name or file, with `key=value` overrides such as "training.minutes=30".
 
     Relative paths in it are taken from the current folder and made absolute. A recipe whose settings were overridden is
-    named after them, so that its run has a folder of its own.
+    named after them, so that its run has a folder of its own; those of `evaluation` and `search`, which a finished run
+    may be given anew, do not count.
 
     Raises:
         RecipeError: One or more settings are wrong; its message has a line for each, with file and line number.
@@ -44,7 +46,8 @@ def load_recipe(recipe: str | Path, *overrides: str) -> Recipe:
     if problems:
         raise RecipeError(problems)
     loaded = _with_absolute_paths(loaded)
-    if overrides and not any(override.startswith("name=") for override in overrides):
+    changed = {override.partition("=")[0].split(".")[0].strip() for override in overrides}
+    if "name" not in changed and changed - set(AFTERWARDS):
         return loaded.model_copy(update={"name": f"{loaded.name}-{loaded.fingerprint[:8]}"})
     return loaded
 
@@ -164,6 +167,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         store = str(Path(store).expanduser().absolute())
     if data is not None:
         data = str(Path(data).expanduser().absolute())
+    tasks = [_absolute_task(name) for name in recipe.evaluation.tasks]
+    dev_task = recipe.training.dev_task and _absolute_task(recipe.training.dev_task)
     pairs = str(Path(recipe.corpus.pairs).expanduser().absolute()) if recipe.corpus.pairs else None
     model, origin, *baselines = (
         str(Path(name).expanduser().absolute())
@@ -179,9 +184,14 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
             "corpus": recipe.corpus.model_copy(update={"source": source, "pairs": pairs}),
             "student": recipe.student.model_copy(update={"origin": origin}),
             "encoding": recipe.encoding.model_copy(update={"store": store}),
-            "evaluation": recipe.evaluation.model_copy(update={"data": data, "baselines": baselines}),
+            "training": recipe.training.model_copy(update={"dev_task": dev_task}),
+            "evaluation": recipe.evaluation.model_copy(update={"data": data, "baselines": baselines, "tasks": tasks}),
         }
     )
+
+
+def _absolute_task(name: str) -> str:
+    return str(Path(name).expanduser().absolute()) if is_jsonl(name) else name
 
 
 def _absolute_source(source: str) -> str:

@@ -12,6 +12,7 @@ from embedistill.recipe.values import Count, Dtype, Fault, Positive, Section, Sh
 
 AGREEMENT = "agreement"
 KNOWN_ITEM = "known-item"
+AFTERWARDS = ("evaluation", "search")  # sections that a run may be given anew when its student is there
 
 
 class TeacherSection(Section):
@@ -19,6 +20,11 @@ class TeacherSection(Section):
 
     model: str = Field(description="A folder, or a model id such as sentence-transformers/all-mpnet-base-v2.")
     revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
+    prompts: dict[Literal["plain", "query", "document"], str] = Field(
+        {},
+        description="What stands before a query, a document, and any other text, where the model's own configuration "
+        "does not say: {query: 'query: ', document: 'passage: ', plain: 'query: '} for E5.",
+    )
     api: str | None = Field(
         None,
         description="Address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1, that has the model.",
@@ -217,6 +223,13 @@ class EvaluationSection(Section):
     segment_margin: Share | None = Field(
         None, description="FAIL as well where a part of a task surely loses more; default: twice the margin."
     )
+
+    @model_validator(mode="after")
+    def _judges_segments_of_what_is_judged(self) -> EvaluationSection:
+        if self.segment_margin is not None and self.margin is None:
+            raise ValueError("segment_margin beside a margin, without which there is no verdict")
+        return self
+
     index: Literal["flat", "hnsw", "ivfpq"] = Field("flat", description="FAISS index that retrieval is measured with.")
     misspelt: bool = Field(False, description="Score teacher and student also on the tasks with typing errors.")
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
@@ -272,4 +285,4 @@ class Recipe(Section):
     @property
     def fingerprint(self) -> str:
         """The sha256 of all its settings."""
-        return fingerprint(self.model_dump(by_alias=True))
+        return fingerprint(self.model_dump(by_alias=True, exclude={"name", *AFTERWARDS}))

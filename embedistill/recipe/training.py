@@ -140,7 +140,8 @@ class TrainingSection(Section):
     )
     dev_steps: Count | None = Field(None, description="Steps between looks at them; default: a tenth of all.")
     dev_task: str | None = Field(
-        None, description="An STS set, such as STSBenchmark.dev, that these looks report on as well."
+        None,
+        description="A set that these looks report on as well, such as STSBenchmark.dev in evaluation.data.",
     )
     then: PhaseSection | None = Field(None, description="A second training, on pairs or queries, behind the first.")
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(

@@ -107,11 +107,21 @@ def _list_captions(report: Report) -> Iterator[str]:
         yield f"texts of tasks that were trained on: {counts}"
 
 
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Return the entries of a run's trainings, their steps counted through; none where there is no log."""
+    entries: list[dict[str, float]] = []
+    for path in (folder / "training_log.jsonl", *sorted(folder.glob("training_log-*.jsonl"))):
+        first = max((entry["step"] for entry in entries), default=0)
+        lines = path.read_text().splitlines() if path.is_file() else []
+        entries += [entry | {"step": first + entry["step"]} for entry in map(json.loads, lines)]
+    return entries
+
+
 def write_page(report: Report, folder: Path) -> Path:
     """Write report.html from the report and from what else the run's folder holds, and return its path."""
-    log, run, recipe = folder / "training_log.jsonl", folder / "run.json", folder / "recipe.yaml"
+    run, recipe = folder / "run.json", folder / "recipe.yaml"
     around = Surroundings(
-        log=[json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else [],
+        log=read_log(folder),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         record=read_json(run) if run.is_file() else {},
     )

@@ -63,11 +63,8 @@ def choose_pieces(tokenizer: PreTrainedTokenizerBase, counts: Counts, size: int)
     """
     state = _read_backend(tokenizer)
     ids: dict[str, int] = tokenizer.get_vocab()
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(state["model"].get("merges", []))}
-    kept = {ids[part] for piece in _find_required(state, tokenizer) for part in _derive(piece, ranks)}
-    if size < len(kept):
-        expected = f"at least {len(kept)}: the special tokens and every single character"
-        raise UsageError("student.vocabulary_size", str(size), expected, "raise it")
+    ranks = _rank_merges(state)
+    kept = _choose_required(state, tokenizer, size)
     for piece in sorted(ids, key=lambda piece: (-counts[ids[piece]], ids[piece])):
         missing = {ids[part] for part in _derive(piece, ranks)} - kept
         if len(kept) + len(missing) <= size:
@@ -100,6 +97,15 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> PreTr
         found = "added tokens between the pieces of its model"
         raise UsageError("the teacher's tokenizer", found, "them among these or after", "keep its whole vocabulary")
     return trimmed
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Check that a student can have so many pieces, before anything expensive.
+
+    Raises:
+        UsageError: The size is below what has to stay, or the tokenizer is of a kind that cannot be trimmed.
+    """
+    _choose_required(_read_backend(tokenizer), tokenizer, size)
 
 
 def _read_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -149,6 +155,20 @@ def _flatten(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
     if processor is None or processor["type"] != "Sequence":
         return [processor] if processor else []
     return [inner for part in processor["processors"] for inner in _flatten(part)]
+
+
+def _rank_merges(state: dict[str, Any]) -> Ranks:
+    return {(left, right): rank for rank, (left, right) in enumerate(state["model"].get("merges", []))}
+
+
+def _choose_required(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase, size: int) -> set[int]:
+    """Return the ids that no student can do without; an error where they are more than it shall have."""
+    ids, ranks = tokenizer.get_vocab(), _rank_merges(state)
+    kept = {ids[part] for piece in _find_required(state, tokenizer) for part in _derive(piece, ranks)}
+    if size < len(kept):
+        expected = f"at least {len(kept)}: the special tokens and every single character"
+        raise UsageError("student.vocabulary_size", str(size), expected, "raise it")
+    return kept
 
 
 def _find_required(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:

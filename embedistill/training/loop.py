@@ -33,6 +33,7 @@ from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
 _COMPLETE = "complete"
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # its default is a folder of checkpoints, which are removed
 _LOSS_STATE = "loss.safetensors"
 _CALIBRATION_SECONDS = 10.0
 _CALIBRATION_STEPS = 20  # of several processes, which have to stop at the same step
@@ -113,6 +114,8 @@ def train(
         dev=dev,
         is_first=is_first,
     )
+    if not torch.cuda.is_available():
+        student.to("cpu")  # as the trainer does, of other accelerators too
     packed = nullcontext() if loss.internals else without_padding(student, schedule.dtype)
     with packed:
         while not training.done:
@@ -186,8 +189,9 @@ class _Training:
                     self.student, self.dev, self._criterion, every, self.schedule.dtype, self.work_dir, self.is_first
                 )
                 callbacks.insert(0, self.best)
-            if "tensorboard" in self.schedule.report_to:  # its default is a folder of checkpoints, which are removed
-                os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_path.parent / "tensorboard"))
+            if "tensorboard" in self.schedule.report_to and _TENSORBOARD not in os.environ:
+                os.environ[_TENSORBOARD] = str(self.log_path.parent / "tensorboard")
+                stack.callback(os.environ.pop, _TENSORBOARD, None)
             trainer = self._trainer(self.schedule, self.batching, steps, self.work_dir, callbacks)
             if self.best:
                 self.best.log = trainer.log

@@ -89,7 +89,7 @@ class _Forward:
         places, kept = (order[:, None] * longest + columns)[taken].to(device), real[taken].nonzero()[:, 0].to(device)
         runs = _list_runs(lengths, padded, device)
         given = {"input_ids": input_ids, "position_ids": positions_of(input_ids, find_padding(self._body))}
-        if token_type_ids is not None:
+        if token_type_ids is not None and hasattr(self._body.embeddings, "token_type_embeddings"):
             given["token_type_ids"] = token_type_ids
         chosen = {name: ids.expand_as(input_ids).reshape(1, -1)[:, places] for name, ids in given.items()}
         with torch.autocast(device.type, enabled=False):
