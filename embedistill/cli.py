@@ -166,6 +166,10 @@ def evaluate(
     segment_margin: SegmentMarginOption = None,
     index: IndexOption = "flat",
     misspelt: Annotated[bool, typer.Option(help="Score also with typing errors.")] = False,
+    documents: Annotated[
+        Literal["student", "teacher"],
+        typer.Option(help="Who encodes documents; teacher: the student's queries on these are judged."),
+    ] = "student",
     out: Annotated[Path | None, typer.Option(help="Folder for every item's values, report.json, report.html.")] = None,
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
@@ -187,6 +191,7 @@ def evaluate(
         segment_margin=segment_margin,
         index=index,
         misspelt=misspelt,
+        documents=documents,
         out=out,
         cache_dir=cache_dir,
     )

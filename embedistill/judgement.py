@@ -21,7 +21,7 @@ from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.loading import list_tasks, load_tasks
 from embedistill.evaluation.retrieval import IndexKind
-from embedistill.evaluation.scoring import TEACHER, Result, load_results, save_results
+from embedistill.evaluation.scoring import ALONE, TEACHER, Result, load_results, save_results
 from embedistill.evaluation.segments import (
     MISSPELT,
     Measure,
@@ -35,6 +35,7 @@ from embedistill.evaluation.tasks import AgreementTask, Task
 from embedistill.evaluation.trial import (
     STUDENT,
     Candidate,
+    Role,
     choose_texts,
     describe_details,
     find_contamination,
@@ -74,6 +75,7 @@ def evaluate(
     segment_margin: float | None = None,
     index: IndexKind = "flat",
     misspelt: bool = False,
+    documents: Role = STUDENT,
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Report:
@@ -89,6 +91,8 @@ def evaluate(
         segment_margin: What a part of a task may lose; default: twice the margin.
         index: The FAISS index of retrieval tasks: flat, hnsw or ivfpq.
         misspelt: Score teacher and student also on the tasks with typing errors.
+        documents: Who encodes the documents of retrieval tasks: the student, or, where an index stays as the teacher
+            built it, the teacher; judged are then the student's queries on these.
         out: Folder for the values of every item, report.json and report.html.
         cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
 
@@ -128,6 +132,7 @@ def evaluate(
         teacher=vectors,
         index=index,
         misspelt=misspelt,
+        documents=documents,
         seed=SEED,
         versions=list_versions(),
     )
@@ -265,6 +270,7 @@ def compare(
         task
         for task, teacher in teachers.items()
         if all(_same_items(teacher, found.get((task, TEACHER))) for found in results)
+        and len({(task, f"{STUDENT} {ALONE}") in found for found in results}) == 1  # whose documents they search
     ]
     if not shared:
         do = "compare runs of one teacher that were evaluated on the same tasks"

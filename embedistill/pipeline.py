@@ -482,6 +482,7 @@ class _Line:
             teacher=self.teacher.vectors,
             index=section.index,
             misspelt=section.misspelt,
+            documents=section.documents,
             seed=self.recipe.seed,
             versions=list_versions(),
         )

@@ -19,7 +19,7 @@ from embedistill.cache.store import EmbeddingCache
 from embedistill.encoding.cluster import TeacherSpec
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
-from embedistill.evaluation.comparison import Retention
+from embedistill.evaluation.comparison import MAIN, Retention
 from embedistill.evaluation.loading import load_task
 from embedistill.evaluation.segments import Segment
 from embedistill.precomputation import encode_corpus
@@ -375,6 +375,26 @@ def test_a_model_is_evaluated_beside_its_teacher(teacher_dir: Path, mpnet_dir: P
     assert alone.comparisons[0].retention == {}
     sts = same.comparisons[0]
     assert np.isfinite(list(sts.values.values())).all()
+
+
+def test_a_student_may_be_judged_by_its_queries_on_the_teachers_documents(
+    finished: Path, teacher_dir: Path, mpnet_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"teacher": str(teacher_dir), "data": data_dir, "margin": 0.03}
+    usual = evaluate(finished / "run", ["STS12", "Tiny"], **asked, out=tmp_path / "usual")
+    tower = evaluate(finished / "run", ["STS12", "Tiny"], **asked, documents="teacher", out=tmp_path / "tower")
+    values = [{row.task: row.values for row in one.comparisons if row.metric in MAIN} for one in (usual, tower)]
+    assert values[1]["Tiny"]["student"] == values[0]["Tiny"]["student queries"]
+    assert values[1]["Tiny"]["student alone"] == values[0]["Tiny"]["student"]
+    assert values[1]["Tiny"]["student documents"] == values[0]["Tiny"]["student documents"]
+    assert values[1]["STS12"] == values[0]["STS12"]
+    assert tower.retention("Tiny", "ndcg@10") == usual.retention("Tiny", "ndcg@10", "student queries")
+    page = (tmp_path / "tower" / "report.html").read_text()
+    assert "In retrieval, student is its queries on the teacher&#39;s documents; student alone has its own." in page
+    shared = {row.task for row in compare(tmp_path / "usual", tmp_path / "tower").comparisons}
+    assert "Tiny" not in shared
+    with pytest.raises(UsageError, match="documents: teacher: a student that is not in its teacher's space"):
+        evaluate(mpnet_dir, ["Tiny"], **asked, documents="teacher")
 
 
 def test_a_report_does_not_take_the_place_of_a_runs_own(finished: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ SCHEMA_VERSION = 2
 TEACHER = "teacher"
 QUERIES, DOCUMENTS = "queries", "documents"
 """Behind a role: its queries on the teacher's documents, or the teacher's queries on its documents."""
+ALONE = "alone"
+"""Behind a role that is judged by its queries on the teacher's documents: both are its own."""
 
 Encoder = Callable[[Sequence[str], Kind], Embeddings]
 """From texts of a kind to unit vectors (n_texts, dim)."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from embedistill.evaluation.comparison import choose_metric
 from embedistill.evaluation.costs import ModelFacts, Start, describe_model, measure_speed, measure_start
 from embedistill.evaluation.metrics import AVERAGE_PRECISION, SPEARMAN, Values
 from embedistill.evaluation.retrieval import Embeddings, IndexKind
-from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
+from embedistill.evaluation.scoring import ALONE, QUERIES, TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
 from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, Task, list_items, list_texts
 from embedistill.progress import note
@@ -30,6 +30,7 @@ from embedistill.teacher import LocatedModel, encode
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
 _RIDGE = 1e-2
+Role = Literal["student", "teacher"]
 _SPEED_TEXTS = 64
 _SHOWN, _OF_A_TASK = 10, 3
 
@@ -94,10 +95,20 @@ def score_all(
     teacher: Encoder | None,
     index: IndexKind,
     misspelt: bool,
+    documents: Role = STUDENT,
     seed: int,
     versions: dict[str, str],
 ) -> list[Result]:
-    """Score every candidate on every task; with `misspelt` teacher and student on the tasks with typing errors too."""
+    """Score every candidate on every task; with `misspelt` teacher and student on the tasks with typing errors too.
+
+    Where the documents are the teacher's, the student of retrieval tasks is its queries on these.
+
+    Raises:
+        UsageError: Two tasks have one name, or a student with no place in the teacher's space shall search there.
+    """
+    if documents == TEACHER and any(one.space is None for one in candidates if one.role == STUDENT):
+        found, expected = "a student that is not in its teacher's space", "one that was made for it"
+        raise UsageError("documents: teacher", found, expected, "leave it out: the student searches its own")
     repeated = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if repeated:
         raise UsageError("tasks", f"{', '.join(repeated)} more than once", "a name each", "rename the file")
@@ -117,7 +128,17 @@ def score_all(
             index=index,
             versions=versions,
         )
-    return results
+    return _judge_queries(results) if documents == TEACHER else results
+
+
+def _judge_queries(results: Sequence[Result]) -> list[Result]:
+    """Return results whose student is its queries on the teacher's documents, where there are such."""
+    names = {f"{STUDENT} {QUERIES}": STUDENT, STUDENT: f"{STUDENT} {ALONE}"}
+    searched = {result.task for result in results if result.role == f"{STUDENT} {QUERIES}"}
+    return [
+        replace(result, role=names.get(result.role, result.role)) if result.task in searched else result
+        for result in results
+    ]
 
 
 def measure_candidates(candidates: Sequence[Candidate], texts: Sequence[str]) -> list[ModelFacts]:

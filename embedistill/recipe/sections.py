@@ -231,6 +231,11 @@ class EvaluationSection(Section):
         return self
 
     index: Literal["flat", "hnsw", "ivfpq"] = Field("flat", description="FAISS index that retrieval is measured with.")
+    documents: Literal["student", "teacher"] = Field(
+        "student",
+        description="Who encodes the documents of retrieval tasks: the student, or the teacher, whose index stays as "
+        "it is; then the student's queries on these are judged.",
+    )
     misspelt: bool = Field(False, description="Score teacher and student also on the tasks with typing errors.")
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
 

@@ -14,6 +14,7 @@ from embedistill.report.parts import About, Beside, Figure, Folded, Grid, Paragr
 from embedistill.report.wording import (
     Roles,
     average,
+    explain_documents,
     explain_verdict,
     find_averaged,
     find_main,
@@ -37,6 +38,7 @@ def tell_verdict(report: Report, roles: Roles) -> Iterator[Part]:
         yield Paragraph(f"{line}.")
     if points := [
         *(line for role in roles.judged for line in _summarise(report, roles, role)),
+        *explain_documents(report),
         *explain_verdict(report),
     ]:
         yield Points(points)

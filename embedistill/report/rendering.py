@@ -18,6 +18,7 @@ from embedistill.report.document import Report
 from embedistill.report.sections import Surroundings, list_sections
 from embedistill.report.wording import (
     Roles,
+    explain_documents,
     explain_needed,
     explain_segments,
     find_main,
@@ -99,6 +100,7 @@ def _list_mixed(row: Comparison, roles: Roles, part: str) -> list[str]:
 def _list_captions(report: Report) -> Iterator[str]:
     if report.skipped:
         yield f"left out, no data: {', '.join(report.skipped)}"
+    yield from explain_documents(report)
     yield from list_planned(report)
     yield from explain_needed(report)
     yield from explain_segments(report)

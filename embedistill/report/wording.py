@@ -9,7 +9,7 @@ from statistics import fmean
 
 from embedistill.evaluation.comparison import MAIN, Comparison, Retention
 from embedistill.evaluation.costs import ModelFacts
-from embedistill.evaluation.scoring import DOCUMENTS, QUERIES, TEACHER
+from embedistill.evaluation.scoring import ALONE, DOCUMENTS, QUERIES, TEACHER
 from embedistill.evaluation.segments import Segment
 from embedistill.report.document import Report
 
@@ -145,6 +145,14 @@ def name_segment(segment: Segment, roles: Roles) -> str:
     """Return a segment in words, such as STS17, language: de; where several students are judged, of which."""
     student = f"{roles.names[segment.role]}, " if len(roles.judged) > 1 else ""
     return f"{student}{segment.task}, {segment.column}: {segment.value}"
+
+
+def explain_documents(report: Report) -> Iterator[str]:
+    """Yield that a student searches its teacher's documents, where it is judged by that."""
+    roles = list_roles(report)
+    for role in roles.judged:
+        if f"{role} {ALONE}" in roles.names:
+            yield f"In retrieval, {role} is its queries on the teacher's documents; {role} {ALONE} has its own."
 
 
 def explain_verdict(report: Report) -> list[str]:
