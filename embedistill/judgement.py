@@ -75,7 +75,7 @@ def evaluate(
     segment_margin: float | None = None,
     index: IndexKind = "flat",
     misspelt: bool = False,
-    documents: Role = STUDENT,
+    documents: Role = "student",
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Report:

@@ -66,8 +66,9 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     )
     config = read_config(located.path)
     teacher = load(located)
-    if recipe.student.vocabulary_size:
-        check_vocabulary(teacher.tokenizer, recipe.student.vocabulary_size)
+    for section in (recipe.student.via, recipe.student):
+        if section and section.vocabulary_size:
+            check_vocabulary(teacher.tokenizer, section.vocabulary_size)
     sizes = plan_student(recipe.student, config, teacher).sizes
     training = recipe.training
     n_texts, sample = _sample_corpus(recipe, max(_SAMPLE, training.batch_size))

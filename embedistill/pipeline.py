@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
@@ -26,9 +28,9 @@ from embedistill.encoding.local import LocalEncoder
 from embedistill.encoding.targets import find_faults
 from embedistill.errors import UsageError
 from embedistill.evaluation.costs import ModelFacts
-from embedistill.evaluation.loading import describe_tasks, load_task, load_tasks, save_sts
-from embedistill.evaluation.scoring import TEACHER, load_results, save_results, score_model
-from embedistill.evaluation.tasks import AgreementTask, StsTask, Task, list_texts, make_known_item_task
+from embedistill.evaluation.loading import describe_tasks
+from embedistill.evaluation.scoring import TEACHER, load_results, save_results
+from embedistill.evaluation.tasks import Task
 from embedistill.evaluation.trial import (
     STUDENT,
     UNTRAINED,
@@ -41,13 +43,14 @@ from embedistill.evaluation.trial import (
     measure_candidates,
     score_all,
 )
-from embedistill.files import fingerprint, folder_bytes, is_jsonl, read_json, remove, write_json, written_aside
-from embedistill.forecast import Forecast, Speed, compare_forecast, forecast
+from embedistill.examination import Examination
+from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
+from embedistill.forecast import Forecast, compare_forecast, forecast
 from embedistill.judgement import choose_measures, judge
 from embedistill.outlook import plan_section, plan_student
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
-from embedistill.recipe import AFTERWARDS, AGREEMENT, KNOWN_ITEM, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
+from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
@@ -63,7 +66,6 @@ from embedistill.teacher import (
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
-    encode,
     find_prompt,
     load,
     locate,
@@ -87,7 +89,6 @@ ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
 _EXAMPLES = 10
 _DEV_SHARE, _FEWEST_DEV = 20, 8
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-_OWN = (AGREEMENT, KNOWN_ITEM)  # tasks that are made of the corpus
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
@@ -137,7 +138,7 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
         compared: list[Any] = [found.weights_sha256 for found in line.baselines.values()]
         asked = recipe.evaluation.model_dump()
         judged = [asked.pop(name) for name in ("margin", "segment_margin", "resamples")]
-        compared += [asked, describe_tasks(line.task_names, line.data)]
+        compared += [asked, describe_tasks(line.examination.names, line.examination.data)]
         scored = stages.run("evaluation", line.evaluate, [trained, *compared], ["results"])
         stages.run("report", line.report, [scored, judged], [REPORT, "report.html"])
         if recipe.search:
@@ -151,17 +152,15 @@ class _Line:
 
     def __init__(self, recipe: Recipe, folder: Path, cache_dir: Path) -> None:
         self.recipe, self.folder, self.cache_dir = recipe, folder, cache_dir
-        self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
-        if self.data and not self.data.is_dir():
-            raise UsageError(f"evaluation.data: {self.data}", "no such folder", do="check the path")
         self.stages = Stages(folder, recipe.seed)
+        self.examination = Examination(recipe, folder, self.stages)
         self.announced = 0
         if recipe.teacher.api:
             found = "a teacher behind an endpoint, whose weights a student cannot be cut out of"
             do = "its embeddings can be had: embedistill encode"
             raise UsageError("teacher.api", found, "teacher.model: a folder or a model id", do)
-        located = self._locate(recipe.teacher.model, recipe.teacher.revision)
-        self.located = replace(located, prompts=recipe.teacher.prompts)
+        teacher = recipe.teacher
+        self.located = self._locate(teacher.model, teacher.revision, teacher.prompts)
         self.assistant_plan, self.plan = self._plan()
         self.start = None if recipe.student.origin in {"teacher", "static"} else self._locate(recipe.student.origin)
         self.baselines = {name: self._locate(name) for name in recipe.evaluation.baselines}
@@ -170,8 +169,10 @@ class _Line:
             LocalEncoder(self.located, dtype), cache_dir / "embeddings", recipe.encoding.storage
         )
 
-    def _locate(self, name: str, revision: str | None = None) -> LocatedModel:
-        return locate(name, revision, models_dir=self.cache_dir / "models")
+    def _locate(
+        self, name: str, revision: str | None = None, prompts: Mapping[Kind, str] | None = None
+    ) -> LocatedModel:
+        return locate(name, revision, models_dir=self.cache_dir / "models", prompts=prompts)
 
     def _plan(self) -> tuple[TransformerPlan | None, TransformerPlan | None]:
         """Check the sizes of the assistant and the student against what they are made of."""
@@ -208,40 +209,13 @@ class _Line:
         return dtype
 
     @cached_property
-    def task_names(self) -> list[str]:
-        """The named tasks whose data could be had when the run was first made."""
-        section = self.recipe.evaluation
-        asked = fingerprint([section.tasks, section.data, section.missing])[:12]
-        names: list[str] = self.stages.choose(f"tasks {asked}", self._find_tasks, until="corpus")
-        return names
-
-    @cached_property
-    def tasks(self) -> list[Task]:
-        return [load_task(name, self.data or self.folder / "data") for name in self.task_names]
-
-    def _find_tasks(self) -> list[str]:
-        """Return the named tasks that can be had; those of the Hub are kept with the run, to go on without it."""
-        section = self.recipe.evaluation
-        names = []
-        for name in section.tasks:
-            found = load_tasks([name], self.data, skip_missing=section.missing == "skip") if name not in _OWN else []
-            if found and self.data is None and not is_jsonl(name):
-                save_sts(cast(StsTask, found[0]), self.folder / "data")
-            names += [name] * len(found)
-        return names
-
-    def _check_tasks(self) -> None:
-        """Stop, before anything is encoded, where a task cannot be made of the corpus, or none is left."""
-        section, made = self.recipe.evaluation, self._name_tasks()
-        lost = [name for name in section.tasks if name not in made]
-        if not made or (lost and section.missing == "error"):
-            found = f"{', '.join(lost)} cannot be had"
-            do = f"{KNOWN_ITEM} needs held-out records with a query: set corpus.query_column, or take it off the list"
-            raise UsageError("evaluation.tasks", found, "data for each of them", do)
-
-    @cached_property
     def corpus(self) -> dict[Split, list[Record]]:
         return load_corpus(self.folder / "corpus.parquet")
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks by what the recipe calls them."""
+        return self.examination.list_tasks(self.corpus["holdout"])
 
     @cached_property
     def encoded_texts(self) -> dict[Kind, list[str]]:
@@ -286,16 +260,14 @@ class _Line:
             near_duplicates=section.near_duplicates == "keep",
             holdout=section.holdout,
             seed=self.recipe.seed,
-            evaluation_texts={
-                text for task in [*self.tasks, *self._dev_tasks] for some in list_texts(task).values() for text in some
-            },
+            evaluation_texts=self.examination.texts,
         )
         note(f"Corpus: {funnel}")
         save_corpus(self.folder / "corpus.parquet", splits)
         return {"funnel": funnel.counts, "examples": funnel.examples}
 
     def encode(self) -> dict[str, Any]:
-        self._check_tasks()
+        self.examination.list_tasks(self.corpus["holdout"])  # says what cannot be had, before anything is encoded
         cache, size = self.teacher.cache("document"), self.recipe.student.embedding_size
         if size and size > cache.dim:
             raise UsageError(
@@ -386,7 +358,7 @@ class _Line:
     def _compare_forecast(self, models: dict[str, SentenceTransformer]) -> list[dict[str, Any]]:
         """Return what was planned beside what is measured; nothing where nothing was."""
         rows = self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
-        planned = [Forecast(**row | {"speed": Speed(**row["speed"]), "sizes": Sizes(**row["sizes"])}) for row in rows]
+        planned = TypeAdapter(list[Forecast]).validate_python(rows)
         return compare_forecast(planned, models) if planned else []
 
     def _sample(self, model: SentenceTransformer) -> tuple[list[str], Matrix]:
@@ -448,32 +420,11 @@ class _Line:
         if not any(self.dev_texts.values()):
             return None
         vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.dev_texts.items() if texts]
-        inputs, score = list_inputs(student, self.dev_texts), self._score if self._dev_tasks else None
-        return Dev(inputs, project(np.concatenate(vectors), projection), score)
-
-    @cached_property
-    def _dev_tasks(self) -> list[Task]:
-        """The task that a student in training is scored on, if there is one."""
-        name = self.recipe.training.dev_task
-        if not name:
-            return []
-        try:
-            task = load_task(name, self.data)
-        except UsageError as error:
-            do = "of those of the Hub there are test sets alone; another: --data DIR" if self.data is None else error.do
-            raise UsageError(f"training.dev_task: {name}", error.found, error.expected, do) from None
-        if isinstance(task, AgreementTask):
-            expected = "pairs with a score or a label, or queries with documents"
-            raise UsageError(f"training.dev_task: {name}", "texts alone", expected, "leave it out: these are watched")
-        return [task]
-
-    def _score(self, student: SentenceTransformer) -> float:
-        (result,) = score_model(self._dev_tasks, partial(encode, student), role="student", model="")
-        return next(iter(result.metrics.values()))
+        score = self.examination.score if self.examination.watched else None
+        return Dev(list_inputs(student, self.dev_texts), project(np.concatenate(vectors), projection), score)
 
     def evaluate(self) -> dict[str, Any]:
-        self._check_tasks()
-        named, section = self._name_tasks(), self.recipe.evaluation
+        named, section = self.tasks, self.recipe.evaluation
         tasks = list(named.values())
         candidates = self._list_candidates()
         results = score_all(
@@ -514,7 +465,7 @@ class _Line:
 
     def report(self) -> None:
         section, facts = self.recipe.evaluation, self.stages.facts("evaluation")
-        tasks = list(self._name_tasks().values())
+        tasks = list(self.tasks.values())
         results = load_results(self.folder / "results")
         results.sort(key=lambda result: facts["order"].index([result.task, result.role]))
         trained = [text for texts in self.encoded_texts.values() for text in texts]
@@ -545,18 +496,6 @@ class _Line:
         texts, sources = [record.text for record in records], [record.source for record in records]
         model = self._load("model", self._choose_dtype("student", self.recipe.training.dtype))
         build_index(model, self.folder / "model", texts, sources, self.folder / INDEX)
-
-    def _name_tasks(self) -> dict[str, Task]:
-        """Return the tasks by what the recipe calls them, in its order, the run's own among them."""
-        held_out = self.corpus["holdout"]
-        named: dict[str, Task | None] = dict(zip(self.task_names, self.tasks, strict=True))
-        sources = {"source": [record.source for record in held_out]}
-        columns = sources if len(set(sources["source"])) > 1 else {}
-        named[AGREEMENT] = AgreementTask(AGREEMENT, [record.document for record in held_out], columns)
-        pairs = [(record.query, record.document) for record in held_out if record.query]
-        named[KNOWN_ITEM] = make_known_item_task(KNOWN_ITEM, pairs, [record.document for record in held_out])
-        found = {name: named.get(name) for name in self.recipe.evaluation.tasks}
-        return {name: task for name, task in found.items() if task is not None}
 
     def _load(self, name: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
         return SentenceTransformer(str(self.folder / name), model_kwargs={"dtype": dtype}, local_files_only=True)

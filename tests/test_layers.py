@@ -28,6 +28,7 @@ ORDER = [
     "outlook",
     "judgement",
     "teaching",
+    "examination",
     "pipeline",
     "cli",
 ]
@@ -48,11 +49,11 @@ def test_imports_point_to_the_left() -> None:
     assert seen > 50
 
 
-def test_only_the_pipeline_and_the_command_line_know_a_recipe() -> None:
+def test_only_what_makes_a_run_knows_a_recipe() -> None:
     knowing = {
         path.relative_to(PACKAGE).with_suffix("").parts[0]
         for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module == "embedistill.recipe"
     }
-    assert knowing - {"__init__"} == {"precomputation", "outlook", "teaching", "pipeline", "cli"}
+    assert knowing - {"__init__"} == {"precomputation", "outlook", "teaching", "examination", "pipeline", "cli"}

@@ -14,7 +14,7 @@ import pytest
 from conftest import run_in_forks
 from sentence_transformers import SentenceTransformer
 
-from embedistill import compare, distill, evaluate, load_recipe, pipeline, precomputation, stages
+from embedistill import compare, distill, evaluate, examination, load_recipe, pipeline, precomputation, stages
 from embedistill.cache.store import EmbeddingCache
 from embedistill.encoding.cluster import TeacherSpec
 from embedistill.encoding.local import LocalEncoder
@@ -286,7 +286,9 @@ def test_tasks_that_could_not_be_had_are_asked_for_again_until_the_corpus_is_rea
         patch.setattr(pipeline, "read_records", lambda _: (_ for _ in ()).throw(EmbedistillError("hf:", "no answer")))
         with pytest.raises(EmbedistillError, match="no answer"):
             distill(recipe, tmp_path / "run")
-    monkeypatch.setattr(pipeline, "load_tasks", lambda names, *_, **__: [load_task(name, data_dir) for name in names])
+    monkeypatch.setattr(
+        examination, "load_tasks", lambda names, *_, **__: [load_task(name, data_dir) for name in names]
+    )
     assert distill(recipe, tmp_path / "run").report.skipped == []
 
 
@@ -334,7 +336,7 @@ def test_sets_of_the_hub_stay_with_the_run(
 ) -> None:
     recipe = load_recipe(recipe_file, "evaluation.tasks=[STS12]", "search=null", "training.epochs=0.1")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "load_tasks", lambda names, *_, **__: [load_task(name, data_dir) for name in names])
+        patch.setattr(examination, "load_tasks", lambda names, *_, **__: [load_task(name, data_dir) for name in names])
         patch.setattr(pipeline._Line, "encode", lambda self: pytest.fail("stop here"))
         with pytest.raises(pytest.fail.Exception):
             distill(recipe, tmp_path / "run")

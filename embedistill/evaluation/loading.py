@@ -267,7 +267,7 @@ def _read_rows(path: Path, keys: tuple[str, ...]) -> list[_Row]:
 
 
 def _iter_rows(path: Path, keys: tuple[str, ...]) -> Iterable[tuple[str, _Row]]:
-    """Yield the objects of a .jsonl file; "score" has to be a number, a label anything, every other key a string."""
+    """Yield the objects of a .jsonl file: a score is a number, a label a string or a whole number, the rest strings."""
     for where, line in read_text_lines(path):
         if line.strip():
             row = _parse(where, line)

@@ -95,7 +95,7 @@ def score_all(
     teacher: Encoder | None,
     index: IndexKind,
     misspelt: bool,
-    documents: Role = STUDENT,
+    documents: Role = "student",
     seed: int,
     versions: dict[str, str],
 ) -> list[Result]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import MAIN, Comparison, Difference, Retention, Verdict
 from embedistill.evaluation.costs import ModelFacts
@@ -117,18 +119,4 @@ def load_report(folder: Path) -> Report:
     if content.get("schema_version") not in _READABLE:
         found, expected = f"schema_version {content.get('schema_version')}", f"one of {', '.join(map(str, _READABLE))}"
         raise UsageError(str(path), found, expected, "install the version of embedistill that wrote it, or a later one")
-    comparisons = [
-        Comparison(**{**row, "retention": {role: Retention(**kept) for role, kept in row["retention"].items()}})
-        for row in content["comparisons"]
-    ]
-    segments = [Segment(**{**row, "retention": Retention(**row["retention"])}) for row in content.get("segments", [])]
-    return Report(
-        **{
-            **content,
-            "models": [ModelFacts(**row) for row in content["models"]],
-            "comparisons": comparisons,
-            "differences": [Difference(**row) for row in content.get("differences", [])],
-            "segments": segments,
-            "schema_version": SCHEMA_VERSION,
-        }
-    )
+    return TypeAdapter(Report).validate_python(content | {"schema_version": SCHEMA_VERSION})

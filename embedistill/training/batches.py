@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -211,12 +211,12 @@ def spread_from_centres(vectors: Matrix) -> Matrix:
     return found
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TargetCollator(SentenceTransformerDataCollator):
     """Tokenise the texts of a batch, and put what the loss needs of the teacher in place of their row numbers."""
 
-    targets: Targets | None = None
-    partners: Rows = field(default_factory=lambda: np.empty(0, np.int64))
+    targets: Targets
+    partners: Rows | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the trainer's batch.
@@ -225,16 +225,15 @@ class TargetCollator(SentenceTransformerDataCollator):
         -1 where it has none.
         """
         batch: dict[str, Any] = super().__call__(features)
-        if self.targets is not None:
-            rows = batch["label"].numpy()
-            batch["label"] = {
-                "vectors": torch.from_numpy(self.targets(rows)),
-                "positives": torch.from_numpy(self._find_positives(rows)),
-            }
+        rows = batch["label"].numpy()
+        batch["label"] = {
+            "vectors": torch.from_numpy(self.targets(rows)),
+            "positives": torch.from_numpy(self._find_positives(rows)),
+        }
         return batch
 
     def _find_positives(self, rows: Rows) -> Rows:
-        if not len(self.partners):
+        if self.partners is None:
             return np.full(len(rows), -1)
         places = {row: place for place, row in enumerate(rows.tolist())}
         return np.array([places.get(row, -1) for row in self.partners[rows].tolist()], np.int64)

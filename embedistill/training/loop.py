@@ -104,7 +104,7 @@ def train(
     training = _Training(
         student=student,
         dataset=Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))}),
-        collator=TargetCollator(student.preprocess, targets=targets, partners=_or_none(partners)),
+        collator=TargetCollator(student.preprocess, targets=targets, partners=partners),
         loss=loss,
         batching=batching,
         schedule=schedule,
@@ -125,10 +125,6 @@ def train(
                 training.halve(error)
             gc.collect()  # what ran out of memory is held by its frames until here
         return training.finish()
-
-
-def _or_none(partners: Rows | None) -> Rows:
-    return np.empty(0, np.int64) if partners is None else partners
 
 
 @dataclass
