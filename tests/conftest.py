@@ -5,11 +5,13 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -166,6 +168,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests out of the user's folders."""
     monkeypatch.setenv("EMBEDISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def reseeded(request: pytest.FixtureRequest) -> None:
+    """Give each test random numbers of its own, whichever tests ran before it in the same process."""
+    if random_numbers := getattr(request.module, "RNG", None):
+        seed = zlib.crc32(request.node.name.encode())
+        random_numbers.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 
 @pytest.fixture(scope="session", autouse=True)

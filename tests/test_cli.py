@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from embedistill import cli
+from embedistill.evaluation.comparison import Comparison, Retention
 from embedistill.recipe import find_recipe, list_recipes
+from embedistill.report.document import Report
 
 COMMANDS = [
     "benchmark",
@@ -174,6 +177,16 @@ def test_a_run_from_the_command_line(
     assert "Page: " in call(monkeypatch, capsys, "report", folder)[1]
     assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "0.99")[0] == 0
     assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "3")[0] == 2
+
+
+@pytest.mark.parametrize(("verdict", "expected"), [("PASS", 0), ("FAIL", 1), ("UNDECIDED", 3)])
+def test_the_exit_code_is_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verdict: Any, expected: int
+) -> None:
+    kept = {"student": Retention(0.9, 0.8, 1.0, verdict)}
+    report = Report("r", [], [Comparison("T", "ndcg@10", 50, {"teacher": 1.0, "student": 0.9}, kept)], 0.03)
+    monkeypatch.setattr("embedistill.judgement.evaluate", lambda *_, **__: report)
+    assert call(monkeypatch, capsys, "evaluate", "m", "--json")[0] == expected
 
 
 def test_evaluate_from_the_command_line(

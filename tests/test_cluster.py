@@ -174,7 +174,9 @@ def kill_half_way(cache: EmbeddingCache, spec: TeacherSpec, texts: list[str], st
         time.sleep(0.05)
     driver.kill()
     driver.wait()
-    time.sleep(2)  # Ray ends its workers
+    stored = -1
+    while stored != (stored := len(list_store(store, SUFFIX))):  # until Ray has ended its workers
+        time.sleep(2)
 
 
 def list_store(store: str, part: str) -> list[str]:

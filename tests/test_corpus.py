@@ -187,7 +187,9 @@ def test_what_a_source_is_changes_with_its_file(tmp_path: Path) -> None:
     path = write(tmp_path, "txt")
     before = describe_source(str(path))
     assert describe_source(str(path)) == before
-    path.write_text("other")
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])  # as many bytes
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     assert describe_source(str(path)) != before
 
 
@@ -228,13 +230,16 @@ def test_preparation_does_not_depend_on_the_order_of_reading() -> None:
 
 def test_nothing_held_out_or_evaluated_is_trained_on() -> None:
     records = [Record(f"Text number {i}", query=f"number {i % 5}") for i in range(40)]
-    splits, funnel = prepare(
-        records, find_rule=anything, size=None, holdout=0.05, seed=0, evaluation_texts={"text NUMBER  7", "number 3"}
-    )
+    settings: dict[str, Any] = {"find_rule": anything, "size": None, "holdout": 0.05, "seed": 0}
+    splits, _ = prepare(records, **settings, evaluation_texts={"number 3"})
     trained = {text for record in splits["train"] for text in record.texts}
     assert not trained & {text for record in splits["holdout"] for text in record.texts}
     assert "number 3" not in trained
-    assert funnel.in_evaluation == 40 - 2 - funnel.train > 0
+    alone = [Record(f"Text number {i}") for i in range(40)]
+    splits, funnel = prepare(alone, **settings, evaluation_texts={f"text NUMBER  {i}" for i in range(20)})
+    asked = {f"Text number {i}" for i in range(20)}
+    assert not asked & {record.text for record in splits["train"]}
+    assert funnel.in_evaluation == 20 - len(asked & {record.text for record in splits["holdout"]})
 
 
 def test_duplicates_and_short_texts_are_counted() -> None:

@@ -356,7 +356,7 @@ def test_a_stream_is_read_no_further_than_two_windows_ahead(
             yield text
 
     assert cached.encode_missing(stream()) == 100
-    assert all(number - stored <= 30 for number, stored in enumerate(stored_when_read))
+    assert max(number - stored for number, stored in enumerate(stored_when_read)) < 20
 
 
 def test_a_teacher_whose_vectors_are_not_finite_is_stopped(

@@ -267,6 +267,7 @@ def test_a_wait_of_an_hour_ends_the_run(server: StandIn, sentences: list[str]) -
     server.hook = lambda _number, _texts: (429, {"Retry-After": "3600"}, "quota")
     with pytest.raises(EmbedistillError, match="HTTP 429, Retry-After 3600: quota"):
         embed(make(server, attempts=2), sentences[:3])
+    assert len(server.asked) == 1
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(server: StandIn, sentences: list[str]) -> None:
@@ -278,7 +279,7 @@ def test_an_answer_that_does_not_come_is_asked_for_again(server: StandIn, senten
         return None
 
     server.hook = hook
-    vectors = embed(make(server, timeout=0.5), sentences[:3])
+    vectors = embed(make(server, timeout=3), sentences[:3])
     over.set()
     np.testing.assert_allclose(vectors, unit_of(sentences[:3]), atol=1e-6)
     assert len(server.asked) == 2

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import pytrec_eval
@@ -21,7 +22,7 @@ from embedistill.evaluation.metrics import (
     score_rankings,
 )
 from embedistill.evaluation.probes import agree, classify, cluster, compare_similarities
-from embedistill.evaluation.retrieval import search_exactly, search_index
+from embedistill.evaluation.retrieval import make_index, search_exactly, search_index
 from embedistill.evaluation.scoring import Result, score_model
 from embedistill.evaluation.tasks import (
     AgreementTask,
@@ -334,6 +335,13 @@ def test_every_index_finds_what_is_clearly_nearest(kind: str) -> None:
     assert costs.kind == kind
     assert 300 * 16 * 4 / 1e6 < costs.megabytes < 1
     assert costs.p50_ms <= costs.p95_ms
+
+
+def test_many_documents_are_kept_as_codes() -> None:
+    documents = np.random.default_rng(0).normal(size=(10_000, 16)).astype("f4")
+    documents /= np.linalg.norm(documents, axis=1, keepdims=True)
+    assert isinstance(faiss.downcast_index(make_index(documents, "ivfpq")), faiss.IndexIVFPQ)
+    assert search_index(documents, documents[:20], 5, "ivfpq")[1].megabytes < 10_000 * 16 * 4 / 3e6
 
 
 def test_similarities_of_a_model_that_halves_them_are_found_out() -> None:

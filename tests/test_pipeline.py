@@ -373,6 +373,7 @@ def test_a_model_is_evaluated_beside_its_teacher(teacher_dir: Path, mpnet_dir: P
     assert report.retention("STS12").verdict
     same = evaluate(mpnet_dir, ["STS12"], teacher=str(mpnet_dir), data=data_dir)
     assert same.retention("STS12").value == pytest.approx(1, abs=0.05)  # the cache holds half precision
+    assert (same.margin, same.segment_margin) == (0.03, 0.06)
     alone = evaluate(teacher_dir, ["STS12"], data=data_dir)
     assert alone.comparisons[0].retention == {}
     sts = same.comparisons[0]

@@ -1,16 +1,18 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import MPNetConfig, MPNetModel
 
 from embedistill import forecast as forecasts
 from embedistill.architectures import Sizes, read_config, read_sizes
 from embedistill.errors import UsageError
 from embedistill.forecast import Forecast, Speed, choose_by_speed, forecast, make_text
-from embedistill.outlook import plan
-from embedistill.recipe import load_recipe
+from embedistill.outlook import plan, plan_section
+from embedistill.recipe import list_recipes, load_recipe
 from embedistill.student.building import build_student
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, list_rungs
 from embedistill.training.batches import count_tokens
@@ -55,15 +57,37 @@ def test_the_text_that_is_timed_has_32_tokens(mpnet_dir: Path) -> None:
     assert len(tokenizer(make_text(tokenizer))["input_ids"]) == 32
 
 
+def count(sizes: Sizes, embedding_size: int = 768) -> int:
+    """Return the parameters of transformers' own model of these sizes, and of a head."""
+    config = MPNetConfig(
+        vocab_size=sizes.vocabulary_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=514,
+    )
+    with torch.device("meta"):
+        body = sum(weight.numel() for weight in MPNetModel(config).parameters())
+    return body + sizes.hidden_size * embedding_size
+
+
 @pytest.mark.parametrize("budget", [109e6, 60e6, 14.5e6, 8e6])
 def test_a_budget_is_kept_and_used(budget: int) -> None:
     sizes = choose_sizes(MPNET, 768, budget, "student.max_parameters")
-    words = sizes.vocabulary_size * sizes.hidden_size
-    rungs = list_rungs(MPNET)
-    assert replace(sizes, vocabulary_size=30527) in rungs
-    per_layer = 4 * sizes.hidden_size**2 + 2 * sizes.hidden_size * sizes.intermediate_size
-    assert 0.75 * budget < words + sizes.layers * per_layer < budget
+    assert replace(sizes, vocabulary_size=30527) in list_rungs(MPNET)
+    assert count(sizes) <= budget
+    assert sizes.vocabulary_size == 30527 or count(sizes) > budget - sizes.hidden_size  # no room for one piece more
     assert 30527 // 2 <= sizes.vocabulary_size <= 30527
+
+
+@pytest.mark.parametrize("path", list_recipes(), ids=lambda path: path.stem)
+def test_a_recipe_can_be_planned_and_is_as_large_as_it_says(path: Path) -> None:
+    student = load_recipe(path.stem).student
+    said = re.search(r"([\d.]+) million parameters", path.read_text().replace("\n# ", " "))
+    size = student.embedding_size or 768
+    found = 30527 * size if student.origin == "static" else count(plan_section(MPNET, student, "student").sizes, size)
+    assert said is None or found / 1e6 == pytest.approx(float(said[1]), rel=0.01)
 
 
 def test_a_budget_that_nothing_fits_says_what_would() -> None:
@@ -123,7 +147,8 @@ def test_a_planned_batch_fills_its_tokens(
     assert outlook.forecasts[1].training_hours == pytest.approx(256 / len(seen[0]) / 3600)
 
 
-def test_a_plan_counts_the_corpus_and_fits_the_time(recipe_file: Path) -> None:
+def test_a_plan_counts_the_corpus_and_fits_the_time(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "time_step", lambda *_: 1.0)
     outlook = plan(load_recipe(recipe_file, "training.minutes=0.6", "training.epochs=1000"))
     assert outlook.texts == round(0.8 * 2 * 160)  # 160 texts and as many queries, a fifth held out
     assert outlook.encode_hours > 0

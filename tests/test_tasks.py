@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -139,11 +140,20 @@ def test_a_saved_set_is_the_same(data_dir: Path, tmp_path: Path) -> None:
     assert load_task("STS12", tmp_path) == task
 
 
-def test_what_a_set_is_changes_with_its_file(data_dir: Path) -> None:
+def test_what_a_set_is_changes_with_its_file(data_dir: Path, tmp_path: Path) -> None:
     before = describe_tasks(["STS12", "Tiny"], data_dir)
     assert before == describe_tasks(["STS12", "Tiny"], data_dir)
     assert len(before[1]) >= 4
     assert describe_tasks(["STS12"], None) == [["STS12"]]
+    copy = shutil.copytree(data_dir, tmp_path / "copy")
+    before = describe_tasks(["STS12", "Tiny"], copy)
+    for file in (copy / "sts" / "STS12.jsonl", copy / "retrieval" / "Tiny" / "qrels" / "test.tsv"):
+        status = file.stat()
+        file.write_bytes(file.read_bytes()[::-1])  # as many bytes
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+        now = describe_tasks(["STS12", "Tiny"], copy)
+        assert now != before
+        before = now
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -294,6 +294,7 @@ def test_a_learned_temperature_is_learned_and_stays_in_its_bounds() -> None:
 
 def test_similarities_teach_no_temperature() -> None:
     """Their divergence falls as it rises, whatever the student does."""
+    torch.manual_seed(0)
     student = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
     teacher = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
     loss = DistillationLoss(Echo(), weigh(similarity=1, contrastive=1), None)
@@ -412,6 +413,12 @@ def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
     for name, grad in grads.items():
         torch.testing.assert_close(packed_grads[name], grad, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(run_it()[0], vectors)
+    with without_padding(model, torch.bfloat16):
+        rough, rough_grads = run_it()
+    assert {grad.dtype for grad in rough_grads.values()} == {torch.float32}
+    assert torch.cosine_similarity(rough.float(), vectors).min() > 0.99
+    flat = [torch.cat([some[name].flatten() for name in grads]) for some in (grads, rough_grads)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.98
 
 
 SCHEDULE = Schedule(
@@ -459,6 +466,13 @@ def agreement(model: SentenceTransformer, setting: SimpleNamespace) -> float:
     return float((model.encode(setting.texts) * setting.vectors).sum(1).mean())
 
 
+def test_training_in_bfloat16_brings_the_student_nearer_too(setting: SimpleNamespace, tmp_path: Path) -> None:
+    before = agreement(setting.make_student(), setting)
+    student = run(setting, tmp_path, schedule=replace(SCHEDULE, dtype=torch.bfloat16))
+    assert {weight.dtype for weight in student.parameters()} == {torch.float32}
+    assert 1 - agreement(student, setting) < 0.9 * (1 - before)
+
+
 def test_training_brings_the_student_nearer_and_logs_every_term(setting: SimpleNamespace, tmp_path: Path) -> None:
     before = agreement(setting.make_student(), setting)
     student = run(setting, tmp_path)
@@ -491,7 +505,7 @@ def test_the_same_seed_gives_the_same_student(setting: SimpleNamespace, tmp_path
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_a_stopped_training_goes_on_to_the_same_student(
-    setting: SimpleNamespace, tmp_path: Path, watched: bool
+    setting: SimpleNamespace, tmp_path: Path, watched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(BaseException):
         pass
@@ -514,8 +528,14 @@ def test_a_stopped_training_goes_on_to_the_same_student(
     broken = checkpoints / "checkpoint-999"  # as a kill in the middle of writing leaves it
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"half")
+    taken, forward = [], DistillationLoss.forward
+    monkeypatch.setattr(
+        DistillationLoss, "forward", lambda self, *given, **named: taken.append(1) or forward(self, *given, **named)
+    )
     again = run(setting, tmp_path / "stopped", dev=dev)
-    assert int(last.name.split("-")[1]) >= 20
+    done = int(last.name.split("-")[1])
+    assert done >= 20
+    assert len(taken) == 30 - done  # it does not begin anew, which would come to the same student
     np.testing.assert_allclose(again.encode(setting.texts), whole.encode(setting.texts), atol=1e-4)
     log = (tmp_path / "stopped" / "log.jsonl").read_text()
     entries = [json.loads(line) for line in log.splitlines()]
@@ -535,7 +555,13 @@ def test_minutes_bound_the_steps_and_leave_the_student_as_it_was(
 ) -> None:
     monkeypatch.setattr(loop, "_CALIBRATION_SECONDS", 0.1)
     schedule = Schedule(**{**SCHEDULE.__dict__, "epochs": 1000, "minutes": 0.01})
-    run(setting, tmp_path, schedule=schedule)
+    student = setting.make_student()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=[0.5] * 40)
+    run(setting, tmp_path, student=student, schedule=schedule, dev=dev)
+    for seen in dev.seen[:2]:  # the reading that is timed, and that of step 0
+        for name, value in seen.items():
+            torch.testing.assert_close(value, before[name], atol=0, rtol=0)
     steps = json.loads((tmp_path / "checkpoints" / "plan.json").read_text())["steps"]
     assert 1 <= steps < 1000 * 15
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -676,6 +702,7 @@ def test_out_of_memory_halves_the_batches_and_goes_on(
     assert json.loads((tmp_path / "checkpoints" / "plan.json").read_text()) == {"halvings": 1, "steps": 30}
     assert agreement(trained, setting) > before
     assert max(largest[14:]) <= 8
+    assert sum(largest[13:]) == 16 * (30 - 10)  # it goes on from the checkpoint of step 10
 
 
 def test_too_little_memory_for_four_texts_is_an_error(setting: SimpleNamespace, tmp_path: Path) -> None:

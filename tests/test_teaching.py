@@ -1,0 +1,41 @@
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from embedistill.corpus.records import Record
+from embedistill.recipe import TrainingSection
+from embedistill.teaching import _default_pairs, list_lessons, make_batching, texts_by_kind
+
+RECORDS = [Record("alone"), Record("d1", query="q1", negative="n1"), Record("d2", query="q2")]
+
+
+def encode(texts: list[str], **_: object) -> np.ndarray:
+    """Embed the documents as the teacher does, and both queries far from where it has them."""
+    return np.eye(6, dtype=np.float32)[[1, 2, 3, 0, 0]]
+
+
+STUDENT: Any = SimpleNamespace(prompts={"query": "q: "}, default_prompt_name=None, encode=encode)
+
+
+def test_partners_are_rows_of_the_texts_that_a_training_is_on() -> None:
+    found = list_lessons(
+        STUDENT,
+        RECORDS,
+        texts_by_kind(RECORDS),
+        lambda rows: np.eye(6, dtype=np.float32)[rows],
+        projection=None,
+        on="pairs",
+    )
+    assert found.inputs == ["d1", "n1", "d2", "q: q1", "q: q2"]
+    assert found.partners.tolist() == [[3, -1], [-1, -1], [4, -1], [0, 1], [2, -1]]
+    assert found.targets(np.array([1, 3])).argmax(1).tolist() == [2, 4]
+    for order in ("queries-last", "error"):
+        batching = make_batching(TrainingSection(curriculum=order), STUDENT, found, 1)
+        assert batching.difficulty.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_each_layer_follows_the_one_of_its_teacher_that_it_was_made_of() -> None:
+    teacher: Any = [SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=12)))]
+    assert _default_pairs(teacher, [0, 4, 8, 11]) == [(2, 8), (3, 11)]
+    assert _default_pairs(teacher, [0, 1, 5]) == [(1, 1), (2, 11)]
