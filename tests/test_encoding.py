@@ -390,7 +390,7 @@ def test_the_number_format_is_measured_or_as_wanted(monkeypatch: pytest.MonkeyPa
     assert choose_dtype("bfloat16") == torch.bfloat16
     for faster, expected in ((1.2, torch.float32), (1.3, torch.bfloat16)):
         rates = {torch.float32: 1.0, torch.bfloat16: faster}
-        monkeypatch.setattr(hardware, "measure_products", lambda *_, rates=rates: rates)
+        monkeypatch.setattr(hardware, "measure_products", lambda rates=rates, **_: rates)
         assert choose_dtype("auto") == expected
 
 
