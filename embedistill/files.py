@@ -67,8 +67,11 @@ def fingerprint(content: Any) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:
@@ -85,13 +88,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(aside)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sha256(stream: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    for block in iter(lambda: stream.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

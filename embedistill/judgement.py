@@ -102,8 +102,8 @@ def evaluate(
     """
     if margin is not None and teacher is None:
         raise UsageError("margin", "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
-    allowed = check_margin("margin", margin) if teacher else None
-    check_margin("segment_margin", segment_margin)
+    _check_share("margin", margin)
+    _check_share("segment_margin", segment_margin)
     cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
     if folder and not folder.is_dir():
         raise UsageError(str(folder), "no such folder", "one with sts/, retrieval/ and the like", "check --data")
@@ -146,7 +146,7 @@ def evaluate(
         loaded,
         results,
         measures=choose_measures(compared, local and local.model, texts),
-        margin=allowed,
+        margin=None if teacher is None else _choose_margin(margin),
         segment_margin=segment_margin,
         models=measure_candidates(candidates, choose_texts(loaded)),
         contamination=find_contamination(loaded, texts),
@@ -210,7 +210,7 @@ def judge(
     **further: Any,
 ) -> Report:
     """Make a report of results: comparisons, tests, segments, and where teacher and student differ most."""
-    gate = segment_margin if segment_margin is not None else margin and _default_gate(margin)
+    gate = _choose_gate(margin, segment_margin)
     plain = [result for result in results if not result.task.startswith(MISSPELT)]
     comparisons, differences = compare_results(plain, resamples=resamples, seed=seed, margin=margin)
     segments = find_segments(tasks, results, measures, student=STUDENT, seed=seed, margin=gate)
@@ -257,8 +257,10 @@ def compare(
     Raises:
         UsageError: A folder is no finished run, or the runs have no task with the same items.
     """
-    allowed = check_margin("margin", margin)
-    gate = _default_gate(allowed) if segment_margin is None else check_margin("segment_margin", segment_margin)
+    _check_share("margin", margin)
+    _check_share("segment_margin", segment_margin)
+    allowed = _choose_margin(margin)
+    gate = _choose_gate(allowed, segment_margin)
     _check_out(out)
     folders = [Path(run) for run in runs]
     reports = [load_report(folder) for folder in folders]
@@ -303,11 +305,18 @@ def compare(
     return report
 
 
-def check_margin(name: str, margin: float | None) -> float:
-    """Return the margin, or the default; a UsageError where it is no share."""
-    if margin is not None and not 0 < margin < 1:
-        raise UsageError(name, str(margin), "a share between 0 and 1, such as 0.03")
+def _check_share(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < 1:
+        raise UsageError(name, str(value), "a share between 0 and 1, such as 0.03")
+
+
+def _choose_margin(margin: float | None) -> float:
     return MARGIN if margin is None else margin
+
+
+def _choose_gate(margin: float | None, segment_margin: float | None) -> float | None:
+    """Return what a segment may lose: twice the margin, where nothing else is said."""
+    return segment_margin if segment_margin is not None else margin and min(2 * margin, 0.99)
 
 
 def _find_prompts(run: Path | None, teacher: str | None) -> Mapping[Kind, str]:
@@ -330,10 +339,6 @@ def _check_out(out: str | Path | None) -> None:
     else:
         return
     raise UsageError(f"--out {out}", found, "a new folder, or that of an earlier evaluation", "choose another")
-
-
-def _default_gate(margin: float) -> float:
-    return min(2 * margin, 0.99)
 
 
 def _write(report: Report, folder: Path) -> None:

@@ -34,6 +34,7 @@ class Stages:
 
     Args:
         folder: The run's folder, held by `hold_folder`.
+        seed: Of the run, for `run.json`.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:

@@ -144,7 +144,7 @@ def _extract(archive: zipfile.ZipFile, folder: str, target: Path) -> None:
             continue
         inside = path.relative_to(folder)
         destination = Path(os.path.normpath(target / inside))
-        if not destination.is_relative_to(target) or inside.is_absolute():
+        if not destination.is_relative_to(target):
             found = f"member {member.filename!r} would be written outside of its folder"
             raise EmbedistillError(str(archive.filename), found, do="do not trust this archive")
         destination.parent.mkdir(parents=True, exist_ok=True)

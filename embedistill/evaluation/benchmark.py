@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from embedistill import hub
 from embedistill.errors import EmbedistillError, UsageError
-from embedistill.evaluation.loading import load_task
+from embedistill.evaluation.loading import find_file, load_task
 from embedistill.evaluation.scoring import Encoder
 from embedistill.evaluation.tasks import ClassificationTask, ClusteringTask, PairTask, RetrievalTask, StsTask
 from embedistill.files import fingerprint, sha256_file, write_text
@@ -233,7 +233,7 @@ def _is_done(task: Any, cached: Any) -> bool:
 def _fill(task: Any, folder: Path, files: list[Path]) -> None:
     """Give a task the data of a folder as mteb's loader would leave it, and say whose data it is."""
     metadata = task.metadata
-    task.dataset = _LAYOUTS[metadata.type].give(task, load_task(next(iter(_find_set(task, folder))), folder))
+    task.dataset = _LAYOUTS[metadata.type].give(task, load_task(_find_set(task, folder)[0], folder))
     task.data_loaded = True
     counts, official = _count_items(task.dataset), metadata.descriptive_stats or {}
     theirs = {split: official.get(split, {}).get("num_samples", 0) for split in counts}
@@ -256,21 +256,20 @@ def _say(counts: dict[str, int]) -> str:
 
 def _find_files(task: Any, folder: Path | None) -> list[Path]:
     """Return the files of a task's data in a folder: all that it needs, or none."""
-    return next(iter(_find_set(task, folder).values()), [])
+    return _find_set(task, folder)[1]
 
 
-def _find_set(task: Any, folder: Path | None) -> dict[str, list[Path]]:
-    """Return what the set of a task is called in a folder, and its files; nothing where one is missing."""
+def _find_set(task: Any, folder: Path | None) -> tuple[str, list[Path]]:
+    """Return what the set of a task is called in a folder, and its files; none where one is missing."""
     layout = _LAYOUTS.get(task.metadata.type)
     if folder is None or layout is None or not _is_plain(task) or not layout.takes(task):
-        return {}
+        return "", []
     name = task.metadata.name
     for stem in (name.removesuffix(suffix) for suffix in layout.suffixes if name.endswith(suffix)):
-        candidates = ([folder / file.format(stem), folder / f"{file.format(stem)}.gz"] for file in layout.files)
-        files = [next((path for path in paths if path.is_file()), None) for paths in candidates]
+        files = [find_file(folder / file.format(stem)) for file in layout.files]
         if None not in files:
-            return {stem: [file for file in files if file]}
-    return {}
+            return stem, [file for file in files if file]
+    return "", []
 
 
 def _is_plain(task: Any) -> bool:

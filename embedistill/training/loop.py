@@ -79,9 +79,9 @@ def train(
 
     A run that was killed goes on from its last whole checkpoint in `work_dir`, with the same batches. One that runs out
     of memory goes on with each batch in two halves. With texts to watch the student on, the weights that did best on
-    them are returned, the untrained ones among them, but behind an earlier training: what another one is for, such as
-    pairs, may cost some of what the student is read by. Processes that torchrun started train together, with the
-    batches of one; the first alone writes.
+    them are returned. The untrained weights count too, unless this training follows another: what a second one is for,
+    such as pairs, may cost some of what the student is read by. Processes that torchrun started train together, with
+    the batches of one; the first alone writes.
 
     Args:
         student: The model to train; its dropout is switched off.

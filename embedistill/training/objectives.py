@@ -1,4 +1,4 @@
-"""The terms of the loss. Each compares a batch of student embeddings with the teacher's, cached, as labels."""
+"""The terms of the loss. Most compare a batch of student embeddings with the teacher's, cached, as labels."""
 
 from __future__ import annotations
 

@@ -107,8 +107,8 @@ class KeepBest(TrainerCallback):
     """Reads a student every so many steps, keeps its best weights in a folder, and stops where it is lost.
 
     Readings go to the trainer's log, and so into its checkpoints. The best step is the one nearest to the teacher by
-    the criterion, step 0 among them only with `from_the_start`. A student that two readings running find lost, or the
-    last one, is given up.
+    the criterion, step 0 among them only with `from_the_start`. A student that is found lost by two readings in a row,
+    or by the last one, is given up.
     """
 
     student: SentenceTransformer
