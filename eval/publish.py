@@ -38,10 +38,10 @@ MEANS = {"STS mean": STS, "retrieval mean": RETRIEVAL}
 HEAD = """# Results
 
 Made by `python eval/publish.py render` from `results/students/*.json`: do not edit. Students of all-mpnet-base-v2
-(109.5 M parameters) on English texts of one mix, trained on two CPU cores; MiniLM as it is. Test sets were scored once,
-when all choices had been made on STSBenchmark.dev, TIME, CISI and texts kept out. Figures are the main metric of each
-task x 100 (Spearman, nDCG@10, accuracy, average precision); what is kept of the teacher has a 95 % interval by paired
-bootstrap. What was tried on the way, and what failed: `LOG.md`.
+(109.5 M parameters) on English texts of one mix, trained on two CPU cores; MiniLM and model2vec as they are. Test sets
+were scored once, when all choices had been made on STSBenchmark.dev, TIME, CISI and texts kept out. Figures are the
+main metric of each task x 100 (Spearman, nDCG@10, accuracy, average precision); what is kept of the teacher has a 95 %
+interval by paired bootstrap. What was tried on the way, and what failed: `LOG.md`.
 """
 CAVEATS = """
 ## Why retrieval falls short of its aims
@@ -70,8 +70,8 @@ or of many more steps, as one GPU makes them in an hour, is what to try next; no
 - The retrieval mean is of three small collections (29, 225 and 96 queries): its intervals are wide.
 - The texts are under many licences, some for research only: the corpus is not published. The recipes name public
   datasets in its place; students trained on those are not in these tables.
-- Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m and
-  mpnet-384 were planned for 60, of mpnet-6l for 30; other work beside them took the rest.
+- Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m,
+  mpnet-384 and mpnet-3l were planned for 60, of mpnet-6l for 30; other work beside them, and stops, took the rest.
 """
 
 
