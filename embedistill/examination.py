@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill.corpus.records import Record
 from embedistill.errors import UsageError
-from embedistill.evaluation.loading import load_task, load_tasks, save_sts
+from embedistill.evaluation.loading import check_folder, load_task, load_tasks, save_sts
 from embedistill.evaluation.scoring import score_model
 from embedistill.evaluation.tasks import AgreementTask, StsTask, Task, list_texts, make_known_item_task
 from embedistill.files import fingerprint, is_jsonl
@@ -38,8 +38,8 @@ class Examination:
         self._section, self._dev_task = recipe.evaluation, recipe.training.dev_task
         self._folder, self._stages = folder, stages
         self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
-        if self.data and not self.data.is_dir():
-            raise UsageError(f"evaluation.data: {self.data}", "no such folder", do="check the path")
+        if self.data:
+            check_folder(self.data)
 
     @cached_property
     def names(self) -> list[str]:

@@ -90,6 +90,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_jsonl(name: str) -> bool:
+    """Say whether a name is that of a .jsonl file, compressed or not."""
+    return name.endswith((".jsonl", ".jsonl.gz"))
+
+
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
@@ -98,8 +103,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def is_jsonl(name: str) -> bool:
-    """Say whether a name is that of a .jsonl file, compressed or not."""
-    return name.endswith((".jsonl", ".jsonl.gz"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.loading import list_tasks, load_tasks
 from embedistill.evaluation.retrieval import IndexKind
-from embedistill.evaluation.scoring import ALONE, TEACHER, Result, load_results, save_results
+from embedistill.evaluation.scoring import ALONE, TEACHER, Encoder, Result, load_results, save_results
 from embedistill.evaluation.segments import (
     MISSPELT,
     Measure,
@@ -51,7 +51,6 @@ from embedistill.stages import list_versions
 from embedistill.student.head import Matrix, project
 from embedistill.student.saving import SPACE, load_projection
 from embedistill.teacher import (
-    Kind,
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
@@ -102,11 +101,11 @@ def evaluate(
     """
     if margin is not None and teacher is None:
         raise UsageError("margin", "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
+    if documents == TEACHER and teacher is None:
+        raise UsageError("documents: teacher", "no teacher", "one that encodes documents", "give --teacher too")
     _check_share("margin", margin)
     _check_share("segment_margin", segment_margin)
     cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
-    if folder and not folder.is_dir():
-        raise UsageError(str(folder), "no such folder", "one with sts/, retrieval/ and the like", "check --data")
     names = tasks or (list_tasks(folder) if folder else [])
     if not names:
         found = f"none in {folder}" if folder else "none, and no folder of them"
@@ -114,18 +113,14 @@ def evaluate(
     loaded = load_tasks(names, folder, skip_missing=False)
     run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
     _check_out(out)
-    prompts = _find_prompts(run, teacher)
-    taught_by = locate(teacher, models_dir=cache / "models", prompts=prompts) if teacher else None
-    local = LocalEncoder(taught_by, choose_dtype("auto")) if taught_by else None
+    local = LocalEncoder(_locate_teacher(teacher, run, cache), choose_dtype("auto")) if teacher else None
     vectors = CachedTeacher(local, cache / "embeddings").vectors if local else None
     agreement = [task.name for task in loaded if isinstance(task, AgreementTask)]
     if agreement and teacher is None:
         raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", "give --teacher too")
     student = locate(str(run / "model" if run else model), models_dir=cache / "models")
-    candidates = [make_candidate(STUDENT, student, _find_space(student.path, local.located if local else None))]
-    if local and vectors:
-        candidates.insert(0, Candidate(TEACHER, local.located.name, vectors, _same, local.model, local.located.path))
-    candidates += [make_candidate(name, locate(name, models_dir=cache / "models")) for name in baselines]
+    located = [(name, locate(name, models_dir=cache / "models")) for name in baselines]
+    candidates = _list_candidates(student, local, vectors, located)
     results = score_all(
         loaded,
         candidates,
@@ -319,11 +314,26 @@ def _choose_gate(margin: float | None, segment_margin: float | None) -> float | 
     return segment_margin if segment_margin is not None else margin and min(2 * margin, 0.99)
 
 
-def _find_prompts(run: Path | None, teacher: str | None) -> Mapping[Kind, str]:
-    """Return the prompts that a run's recipe gave its teacher, if it is the same."""
-    record = read_json(run / "run.json")["stages"].get("encode", {}).get("teacher", {}) if run else {}
-    same = teacher and record.get("name") in {teacher, str(Path(teacher).expanduser().absolute())}
-    return record.get("prompts", {}) if same else {}
+def _list_candidates(
+    student: LocatedModel,
+    teacher: LocalEncoder | None,
+    vectors: Encoder | None,
+    baselines: Sequence[tuple[str, LocatedModel]],
+) -> list[Candidate]:
+    """Return the teacher, where there is one, the student and what it is compared with."""
+    candidates = [make_candidate(STUDENT, student, _find_space(student.path, teacher.located if teacher else None))]
+    if teacher and vectors:
+        found = teacher.located
+        candidates.insert(0, Candidate(TEACHER, found.name, vectors, _same, teacher.model, found.path))
+    return candidates + [make_candidate(name, located) for name, located in baselines]
+
+
+def _locate_teacher(name: str, run: Path | None, cache: Path) -> LocatedModel:
+    """Find a teacher; it has the prompts that the recipe of a run gave it, if it is that run's."""
+    located = locate(name, models_dir=cache / "models")
+    recorded = read_json(run / "run.json")["stages"].get("encode", {}).get("teacher", {}) if run else {}
+    same = recorded.get("weights_sha256") == located.weights_sha256
+    return replace(located, prompts=recorded.get("prompts", {})) if same else located
 
 
 def _check_out(out: str | Path | None) -> None:

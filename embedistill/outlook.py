@@ -12,6 +12,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedTokenizerBase
 
 from embedistill.architectures import read_config, with_sizes
 from embedistill.corpus.reading import describe_source
@@ -66,9 +67,7 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     )
     config = read_config(located.path)
     teacher = load(located)
-    for section in (recipe.student.via, recipe.student):
-        if section and section.vocabulary_size:
-            check_vocabulary(teacher.tokenizer, section.vocabulary_size)
+    check_pieces(recipe.student, teacher.tokenizer)
     sizes = plan_student(recipe.student, config, teacher).sizes
     training = recipe.training
     n_texts, sample = _sample_corpus(recipe, max(_SAMPLE, training.batch_size))
@@ -103,6 +102,19 @@ def plan_student(section: StudentSection, config: dict[str, Any], teacher: Sente
         return TransformerPlan(choose_by_speed(teacher, config, size, budget))
     most = budget * 1e6 if name == "max_mb_int8" else budget
     return TransformerPlan(choose_sizes(config, size, most, f"student.{name}"))
+
+
+def check_pieces(section: StudentSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check, before anything is encoded, that student and assistant can have the pieces that they shall have.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    whole = len(tokenizer.get_vocab()) if section.origin == "static" else None  # whose pieces are counted at any size
+    for one in (section.via, section):
+        size = one and (one.vocabulary_size or whole)
+        if size:
+            check_vocabulary(tokenizer, size)
 
 
 def plan_section(config: dict[str, Any], section: ShapeSection, where: str) -> TransformerPlan:

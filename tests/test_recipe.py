@@ -164,6 +164,13 @@ def test_files_of_tasks_are_found_from_another_folder_too(tmp_path: Path) -> Non
     assert recipe.training.dev_task == str(Path("dev.jsonl").absolute())
 
 
+def test_a_prompt_is_of_a_kind_that_there_is(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_recipe(path, "teacher.prompts={query: 'query: '}").teacher.prompts == {"query": "query: "}
+    with pytest.raises(RecipeError, match=r"teacher\.prompts.*'passage'.*'plain', 'query' or 'document'"):
+        load_recipe(path, "teacher.prompts={passage: x}")
+
+
 def test_segments_are_not_judged_where_nothing_is(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="segment_margin beside a margin, without which there is no verdict"):
         load_recipe(write(tmp_path, GOOD), "evaluation.margin=null", "evaluation.segment_margin=0.1")

@@ -34,8 +34,19 @@ _SEGMENT_COLUMNS = ("source", "subset", "category", "genre", "language")
 _NOT_TEST = (".train", ".dev", ".val")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise a UsageError where the folder of sets is not there."""
+    if not folder.is_dir():
+        raise UsageError(f"evaluation.data: {folder}", "no such folder", do="check the path, or --data")
+
+
 def list_tasks(folder: Path) -> list[str]:
-    """Return the names of the tasks in a folder, those for training and development left out."""
+    """Return the names of the tasks in a folder, those for training and development left out.
+
+    Raises:
+        UsageError: There is no such folder.
+    """
+    check_folder(folder)
     names = [path.name.removesuffix(".gz").removesuffix(".jsonl") for path in _list_files(folder)]
     names = [name.removesuffix(".test") for name in names]
     return [name for name in dict.fromkeys(names) if not name.endswith(_NOT_TEST)]
@@ -58,8 +69,7 @@ def load_task(name: str, folder: Path | None) -> Task:
         return _load_own(Path(name))
     if folder is None:
         return _load_from_hub(name)
-    if not folder.is_dir():
-        raise UsageError(f"evaluation.data: {folder}", "no such folder", do="check the path")
+    check_folder(folder)
     if (folder / "retrieval" / name).is_dir():
         return _load_retrieval(name, folder / "retrieval" / name)
     readers: dict[str, Callable[[str, Path], Task]] = {

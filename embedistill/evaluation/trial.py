@@ -27,10 +27,10 @@ from embedistill.progress import note
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.teacher import LocatedModel, encode
 
+Role = Literal["student", "teacher"]
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
 _RIDGE = 1e-2
-Role = Literal["student", "teacher"]
 _SPEED_TEXTS = 64
 _SHOWN, _OF_A_TASK = 10, 3
 

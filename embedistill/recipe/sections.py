@@ -22,8 +22,8 @@ class TeacherSection(Section):
     revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
     prompts: dict[Literal["plain", "query", "document"], str] = Field(
         {},
-        description="What stands before a query, a document, and any other text, where the model's own configuration "
-        "does not say: {query: 'query: ', document: 'passage: ', plain: 'query: '} for E5.",
+        description="What stands before a query, a document, and any other text, in place of what the model's own "
+        "configuration says: {query: 'query: ', document: 'passage: ', plain: 'query: '} for E5.",
     )
     api: str | None = Field(
         None,
@@ -223,13 +223,6 @@ class EvaluationSection(Section):
     segment_margin: Share | None = Field(
         None, description="FAIL as well where a part of a task surely loses more; default: twice the margin."
     )
-
-    @model_validator(mode="after")
-    def _judges_segments_of_what_is_judged(self) -> EvaluationSection:
-        if self.segment_margin is not None and self.margin is None:
-            raise ValueError("segment_margin beside a margin, without which there is no verdict")
-        return self
-
     index: Literal["flat", "hnsw", "ivfpq"] = Field("flat", description="FAISS index that retrieval is measured with.")
     documents: Literal["student", "teacher"] = Field(
         "student",
@@ -238,6 +231,12 @@ class EvaluationSection(Section):
     )
     misspelt: bool = Field(False, description="Score teacher and student also on the tasks with typing errors.")
     resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples of an interval.")
+
+    @model_validator(mode="after")
+    def _judges_segments_of_what_is_judged(self) -> EvaluationSection:
+        if self.segment_margin is not None and self.margin is None:
+            raise ValueError("segment_margin beside a margin, without which there is no verdict")
+        return self
 
 
 class SearchSection(Section):
@@ -289,5 +288,5 @@ class Recipe(Section):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of all its settings."""
+        """The sha256 of what makes its student: all settings but the name and those of what comes afterwards."""
         return fingerprint(self.model_dump(by_alias=True, exclude={"name", *AFTERWARDS}))

@@ -35,7 +35,6 @@ _FEWEST_TEXTS = 8  # that similarities are correlated on
 _FEWEST_TOKENS = 16  # for each neuron, to fit a student as wide as its teacher
 _HEAD_TOKENS = 1_000_000  # as estimated from the texts of the fit
 _MOST_FITTED = 2 / 3  # of the layers: with more, what is cut is near enough to its teacher
-_WITH_PROMPTS = {"include_prompt": True}  # as students are trained: with prompts as parts of their texts
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 
 
@@ -87,7 +86,8 @@ def build_student(
     n_texts = math.ceil(len(ids) * _HEAD_TOKENS / sum(len(text) for text in ids))
     texts, vectors = texts[cut : cut + n_texts], vectors[cut : cut + n_texts]
     pooling: Any = modules[1]
-    modules[1] = Pooling(**pooling.get_config_dict() | {"embedding_dimension": sizes.hidden_size} | _WITH_PROMPTS)
+    own = {"embedding_dimension": sizes.hidden_size, "include_prompt": True}  # prompts are parts of what it trains on
+    modules[1] = Pooling(**pooling.get_config_dict() | own)
     packed = teacher.device.type == "cpu" and can_pack(transformer.model)
     pooled = _embed_roughly(modules, texts) if packed else None
     return add_head(modules, teacher, texts, project(vectors, projection), pooled), layers
@@ -138,7 +138,7 @@ def list_body(model: SentenceTransformer) -> list[nn.Module]:
     modules: list[nn.Module] = [copy.deepcopy(module) for module in model]
     for module in modules:
         if isinstance(module, Pooling):
-            module.include_prompt = True
+            module.include_prompt = True  # prompts are parts of the texts that a student is trained on
     return [module for module in modules if not isinstance(module, Normalize)]
 
 

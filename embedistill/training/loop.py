@@ -23,6 +23,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from embedistill.encoding.hardware import find_training_device
 from embedistill.errors import EmbedistillError
 from embedistill.files import read_json, remove, write_json, write_text, written_aside
 from embedistill.progress import note, progress_bar
@@ -114,8 +115,8 @@ def train(
         dev=dev,
         is_first=is_first,
     )
-    if not torch.cuda.is_available():
-        student.to("cpu")  # as the trainer does, of other accelerators too
+    if find_training_device() == "cpu":
+        student.to("cpu")  # where it is, for other accelerators, before the trainer moves it
     packed = nullcontext() if loss.internals else without_padding(student, schedule.dtype)
     with packed:
         while not training.done:
@@ -392,7 +393,7 @@ def _time_reading(student: SentenceTransformer, dev: Dev) -> float:
 
 
 def _arguments(schedule: Schedule, steps: int, folder: Path, **batches: Any) -> SentenceTransformerTrainingArguments:
-    cuda = torch.cuda.is_available()
+    cuda = find_training_device() == "cuda"
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         learning_rate=schedule.learning_rate,
