@@ -170,6 +170,9 @@ def evaluate(
         Literal["student", "teacher"],
         typer.Option(help="Who encodes documents; teacher: the student's queries on these are judged."),
     ] = "student",
+    floors: Annotated[
+        bool, typer.Option(help="Beside the student of a run: itself untrained, word vectors, the teacher's PCA.")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for every item's values, report.json, report.html.")] = None,
     cache_dir: CacheOption = None,
     as_json: JsonOption = False,
@@ -192,6 +195,7 @@ def evaluate(
         index=index,
         misspelt=misspelt,
         documents=documents,
+        floors=floors,
         out=out,
         cache_dir=cache_dir,
     )

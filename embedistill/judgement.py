@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
@@ -33,7 +34,9 @@ from embedistill.evaluation.segments import (
 )
 from embedistill.evaluation.tasks import AgreementTask, Task
 from embedistill.evaluation.trial import (
+    FIT_TEXTS,
     STUDENT,
+    UNTRAINED,
     Candidate,
     Role,
     choose_texts,
@@ -41,6 +44,7 @@ from embedistill.evaluation.trial import (
     find_contamination,
     find_disagreements,
     make_candidate,
+    make_floors,
     measure_candidates,
     score_all,
 )
@@ -54,6 +58,7 @@ from embedistill.teacher import (
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
+    find_prompt,
     locate,
 )
 
@@ -75,6 +80,7 @@ def evaluate(
     index: IndexKind = "flat",
     misspelt: bool = False,
     documents: Role = "student",
+    floors: bool = True,
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Report:
@@ -92,6 +98,8 @@ def evaluate(
         misspelt: Score teacher and student also on the tasks with typing errors.
         documents: Who encodes the documents of retrieval tasks: the student, or, where an index stays as the teacher
             built it, the teacher; judged are then the student's queries on these.
+        floors: Score beside the student of a run what it has to be better than: itself untrained and the mean of the
+            teacher's word vectors with a solved head; and the teacher at the student's dimension.
         out: Folder for the values of every item, report.json and report.html.
         cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
 
@@ -119,8 +127,12 @@ def evaluate(
     if agreement and teacher is None:
         raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", "give --teacher too")
     student = locate(str(run / "model" if run else model), models_dir=cache / "models")
-    located = [(name, locate(name, models_dir=cache / "models")) for name in baselines]
-    candidates = _list_candidates(student, local, vectors, located)
+    located = {name: locate(name, models_dir=cache / "models") for name in baselines}
+    records = load_corpus(run / "corpus.parquet")["train"] if run else []
+    candidates = _list_candidates(student, local, vectors)
+    if local and vectors and floors and run:
+        candidates += _list_floors(run, local, vectors, [record.document for record in records])
+    candidates += [make_candidate(name, one) for name, one in located.items()]
     results = score_all(
         loaded,
         candidates,
@@ -133,8 +145,7 @@ def evaluate(
     )
     if out:
         save_results(results, Path(out) / "results")
-    trained = load_corpus(run / "corpus.parquet")["train"] if run else []
-    texts = list(dict.fromkeys(text for record in trained for text in record.texts))
+    texts = list(dict.fromkeys(text for record in records for text in record.texts))
     (compared,) = (one.model for one in candidates if one.role == STUDENT and one.model)
     report = judge(
         str(model),
@@ -314,18 +325,28 @@ def _choose_gate(margin: float | None, segment_margin: float | None) -> float | 
     return segment_margin if segment_margin is not None else margin and min(2 * margin, 0.99)
 
 
-def _list_candidates(
-    student: LocatedModel,
-    teacher: LocalEncoder | None,
-    vectors: Encoder | None,
-    baselines: Sequence[tuple[str, LocatedModel]],
-) -> list[Candidate]:
-    """Return the teacher, where there is one, the student and what it is compared with."""
-    candidates = [make_candidate(STUDENT, student, _find_space(student.path, teacher.located if teacher else None))]
-    if teacher and vectors:
-        found = teacher.located
-        candidates.insert(0, Candidate(TEACHER, found.name, vectors, _same, teacher.model, found.path))
-    return candidates + [make_candidate(name, located) for name, located in baselines]
+def _list_candidates(student: LocatedModel, teacher: LocalEncoder | None, vectors: Encoder | None) -> list[Candidate]:
+    """Return the teacher, where there is one, and the student."""
+    judged = make_candidate(STUDENT, student, _find_space(student.path, teacher.located if teacher else None))
+    if not teacher or not vectors:
+        return [judged]
+    found = teacher.located
+    return [Candidate(TEACHER, found.name, vectors, _same, teacher.model, found.path), judged]
+
+
+def _list_floors(run: Path, teacher: LocalEncoder, vectors: Encoder, texts: Sequence[str]) -> list[Candidate]:
+    """Return the floors of the student of a run, where it was made for this teacher."""
+    space = _find_space(run / "model", teacher.located)
+    if space is None:
+        return []
+
+    def sample(model: SentenceTransformer) -> tuple[list[str], Matrix]:
+        some = list(dict.fromkeys(texts))
+        some = [some[number] for number in np.random.default_rng(SEED).permutation(len(some))[:FIT_TEXTS]]
+        return [find_prompt(model, "document") + text for text in some], vectors(some, "document")
+
+    untrained = make_candidate(UNTRAINED, locate(str(run / "untrained"), models_dir=run), space)
+    return [untrained, *make_floors(run / "model", teacher.model, vectors, sample)]
 
 
 def _locate_teacher(name: str, run: Path | None, cache: Path) -> LocatedModel:

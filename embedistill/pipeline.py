@@ -38,8 +38,7 @@ from embedistill.evaluation.trial import (
     choose_texts,
     find_contamination,
     make_candidate,
-    make_pca_floor,
-    make_word_floor,
+    make_floors,
     measure_candidates,
     score_all,
 )
@@ -447,12 +446,7 @@ class _Line:
         candidates = [Candidate(TEACHER, name, self.teacher.vectors, lambda same: same, teacher, self.located.path)]
         for role, part in ((STUDENT, "model"), (UNTRAINED, "untrained")):
             candidates.append(make_candidate(role, self._locate(str(self.folder / part)), space))
-        if hasattr(teacher[0], "model"):
-            texts, vectors = self._sample(teacher)
-            embed = partial(embed_cheaply, teacher)
-            candidates.append(make_word_floor(embed, texts[:_FIT_TEXTS], vectors[:_FIT_TEXTS], space))
-        if load_projection(self.folder / "model") is not None:
-            candidates.append(make_pca_floor(self.teacher.vectors, space))
+        candidates += make_floors(self.folder / "model", teacher, self.teacher.vectors, self._sample)
         return candidates + [make_candidate(name, located) for name, located in self.baselines.items()]
 
     def report(self) -> None:

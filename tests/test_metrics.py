@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 from scipy import stats
+from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, v_measure_score
 
 from embedistill.errors import EmbedistillError
@@ -377,6 +378,18 @@ def test_a_probe_and_clusters_find_what_is_there() -> None:
     assert classify(both, labels, both[[0, 39]], ["low", "low"]) == [1.0, 0.0]
     found = cluster(both, 2)
     assert len(set(found[:20])) == len(set(found[20:])) == 1 != len(set(found))
+
+
+def test_clusters_are_the_tightest_whatever_the_start() -> None:
+    random = np.random.default_rng(0)
+    groups = np.repeat(np.arange(7), 80)
+    texts = random.normal(size=(7, 16))[groups] + random.normal(size=(len(groups), 16))
+    texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
+    tightest = min(KMeans(7, n_init=1, random_state=seed).fit(texts).inertia_ for seed in range(60))
+    for order in (np.arange(len(texts)), *(random.permutation(len(texts)) for _ in range(3))):
+        found = np.array(cluster(texts[order], 7))
+        parts = [texts[order][found == number] for number in range(7)]
+        assert sum(np.square(part - part.mean(axis=0)).sum() for part in parts) < 1.01 * tightest
 
 
 @pytest.mark.real_start

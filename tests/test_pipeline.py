@@ -393,7 +393,7 @@ def test_a_model_is_evaluated_beside_its_teacher(teacher_dir: Path, mpnet_dir: P
 def test_a_student_may_be_judged_by_its_queries_on_the_teachers_documents(
     finished: Path, teacher_dir: Path, mpnet_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    asked: dict[str, Any] = {"teacher": str(teacher_dir), "data": data_dir, "margin": 0.03}
+    asked: dict[str, Any] = {"teacher": str(teacher_dir), "data": data_dir, "margin": 0.03, "floors": False}
     usual = evaluate(finished / "run", ["STS12", "Tiny"], **asked, out=tmp_path / "usual")
     tower = evaluate(finished / "run", ["STS12", "Tiny"], **asked, documents="teacher", out=tmp_path / "tower")
     values = [{row.task: row.values for row in one.comparisons if row.metric in MAIN} for one in (usual, tower)]
@@ -408,6 +408,25 @@ def test_a_student_may_be_judged_by_its_queries_on_the_teachers_documents(
     assert "Tiny" not in shared
     with pytest.raises(UsageError, match="documents: teacher: a student that is not in its teacher's space"):
         evaluate(mpnet_dir, ["Tiny"], **asked, documents="teacher")
+
+
+def test_the_student_of_a_run_has_the_floors_of_its_run_beside_it(
+    finished: Path, teacher_dir: Path, mpnet_dir: Path, data_dir: Path
+) -> None:
+    own = {row.task: row for row in load_report(finished / "run").comparisons if row.metric in MAIN}
+    report = evaluate(finished / "run", ["STS12"], teacher=str(teacher_dir), data=data_dir)
+    (sts,) = report.comparisons
+    assert list(sts.values) == ["teacher", "student", "untrained", "word vectors", "teacher's PCA"]
+    for role in {*sts.values} - {"word vectors"}:  # whose head is solved on other texts of the corpus
+        assert sts.values[role] == pytest.approx(own["STS12"].values[role], abs=1e-3), role
+    assert [model.role for model in report.models] == ["teacher", "student", "untrained"]
+    for other in (
+        {"teacher": str(teacher_dir), "floors": False},
+        {"teacher": str(mpnet_dir)},  # the student is not in its space
+        {},
+    ):
+        (row,) = evaluate(finished / "run", ["STS12"], data=data_dir, **other).comparisons
+        assert set(row.values) <= {"teacher", "student"}, other
 
 
 def test_the_teacher_of_a_run_has_the_prompts_that_its_recipe_gave_it(

@@ -71,9 +71,9 @@ def bootstrap(measured: Sequence[tuple[Items, str]], resamples: int, seed: int) 
 
 
 def _draw(n_rows: int, n_items: int, random: np.random.Generator) -> _Floats:
-    drawn = random.integers(n_items, size=(n_rows, n_items), dtype=np.int32)
-    places = drawn + np.arange(n_rows)[:, None] * n_items
-    return np.bincount(places.ravel(), minlength=n_rows * n_items).reshape(n_rows, n_items).astype(np.float32)
+    drawn = torch.from_numpy(random.integers(n_items, size=(n_rows, n_items)))
+    weights: _Floats = torch.zeros(drawn.shape).scatter_add_(1, drawn, torch.ones(drawn.shape)).numpy()
+    return weights
 
 
 def _prepare(measured: Sequence[tuple[Items, str]]) -> _Metric:
@@ -175,12 +175,19 @@ def _prepare_precision(scores: Sequence[Values], positive: npt.NDArray[np.bool_]
 
 
 def _prepare_v_measure(clusters: Sequence[Ranking], labels: Ranking) -> _Metric:
-    """Prepare the V-measure of clusterings: 2 I(cluster; label) / (H(cluster) + H(label))."""
+    """Prepare the V-measure of clusterings: 2 I(cluster; label) / (H(cluster) + H(label)).
+
+    Items with the same label that are in the same cluster of every model count as one with the sum of their weights.
+    """
+    cells, cell_of_item = np.unique(np.stack([*clusters, labels]), axis=1, return_inverse=True)
+    of_cells = _sort(cell_of_item)
+    *clusters, labels = cells
     n_labels = int(labels.max()) + 1
     of_labels = _sort(labels)
     of_clusters = [(_sort(found), _sort(found * n_labels + labels)) for found in clusters]
 
     def compute(weights: _Floats) -> _Floats:
+        weights = of_cells.total(weights)
         label_entropy = _entropy(of_labels.total(weights))
         found = np.ones((len(weights), len(clusters)), weights.dtype)
         for column, (of_cluster, of_both) in enumerate(of_clusters):

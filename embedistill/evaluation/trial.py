@@ -25,11 +25,14 @@ from embedistill.evaluation.segments import MISSPELT, misspell
 from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, Task, list_items, list_texts
 from embedistill.progress import note
 from embedistill.student.head import Matrix, project, solve_ridge
-from embedistill.teacher import LocatedModel, encode
+from embedistill.student.saving import load_projection
+from embedistill.teacher import LocatedModel, embed_cheaply, encode
 
 Role = Literal["student", "teacher"]
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
+FIT_TEXTS = 5_000
+"""What the head of the word vectors is solved on."""
 _RIDGE = 1e-2
 _SPEED_TEXTS = 64
 _SHOWN, _OF_A_TASK = 10, 3
@@ -65,27 +68,33 @@ def make_candidate(
     return Candidate(role, located.name, encode_all, space, encoder.model, located.path)
 
 
-def make_word_floor(
-    embed: Callable[[Sequence[str]], Embeddings],
-    texts: Sequence[str],
-    vectors: Matrix,
-    space: Callable[[Embeddings], Embeddings],
-) -> Candidate:
-    """Return the mean of word vectors with a solved head: what a student has to be better than.
+def make_floors(
+    student: Path,
+    teacher: SentenceTransformer,
+    encode_all: Encoder,
+    sample: Callable[[SentenceTransformer], tuple[Sequence[str], Matrix]],
+) -> list[Candidate]:
+    """Return what a student has to be better than, and the best that it can do at its dimension.
+
+    These are the mean of the teacher's word vectors with a solved head, where it has any, and the teacher at the
+    student's dimension, where that is another than its own.
 
     Args:
-        embed: The mean of a text's word vectors.
-        texts: What the head is solved on.
-        vectors: The teacher's of them.
-        space: The student's, which it maps into.
+        student: The student's folder.
+        teacher: Whose word vectors they are.
+        encode_all: Encodes with the teacher.
+        sample: Returns texts that the teacher encoded, as it sees them, and its vectors of these.
     """
-    head = solve_ridge(embed(texts), space(vectors), _RIDGE)
-    return Candidate(WORDS, WORDS, lambda some, _: project(embed(some), head), space)
-
-
-def make_pca_floor(teacher: Encoder, space: Callable[[Embeddings], Embeddings]) -> Candidate:
-    """Return the teacher at the student's dimension: the best that a student can do there."""
-    return Candidate(PCA, PCA, lambda texts, kind: space(teacher(texts, kind)), space)
+    projection = load_projection(student)
+    space = partial(project, projection=projection)
+    floors = []
+    if hasattr(teacher[0], "model"):
+        texts, vectors = sample(teacher)
+        head = solve_ridge(embed_cheaply(teacher, texts[:FIT_TEXTS]), space(vectors[:FIT_TEXTS]), _RIDGE)
+        floors.append(Candidate(WORDS, WORDS, lambda some, _: project(embed_cheaply(teacher, some), head), space))
+    if projection is not None:
+        floors.append(Candidate(PCA, PCA, lambda some, kind: space(encode_all(some, kind)), space))
+    return floors
 
 
 def score_all(
