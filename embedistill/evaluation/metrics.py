@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -93,26 +94,54 @@ def _prepare(measured: Sequence[tuple[Items, str]]) -> _Metric:
 
 @dataclass(frozen=True)
 class _Order:
-    """Items by rising value: their numbers, and where each run of equal values starts."""
+    """Items by rising value: their numbers, where each run of equal values starts, and how long it is."""
 
     items: Ranking
     starts: Ranking
+    lengths: Ranking
+
+    @cached_property
+    def _tied(self) -> tuple[Ranking, Ranking]:
+        """The places of items in runs of two and more, and where in that list such a run starts."""
+        lengths = self.lengths[self.lengths > 1]
+        return np.flatnonzero(np.repeat(self.lengths > 1, self.lengths)), np.cumsum(lengths) - lengths
+
+    @property
+    def _is_sparse(self) -> bool:
+        return 2 * len(self.starts) > len(self.items)
+
+    def merge(self, rows: _Floats) -> _Floats:
+        """Return the sum over each run, shape (n_rows, n_runs)."""
+        return np.add.reduceat(np.take(rows, self.items, axis=1), self.starts, axis=1)
 
     def total(self, rows: _Floats) -> _Floats:
-        """Return the sum over each run, shape (n_rows, n_runs)."""
+        """Return the sum over each run, shape (n_rows, n_runs).
+
+        Where few values are equal, sums are kept at the first place of a run and its others are zero, which are runs
+        without weight: (n_rows, n_items), in a fifth of the time.
+        """
+        if not self._is_sparse:
+            return self.merge(rows)
         ordered: _Floats = np.take(rows, self.items, axis=1)
-        return ordered if len(self.starts) == len(self.items) else np.add.reduceat(ordered, self.starts, axis=1)
+        places, starts = self._tied
+        if len(places):
+            sums = np.add.reduceat(ordered[:, places], starts, axis=1)
+            ordered[:, places] = 0
+            ordered[:, places[starts]] = sums
+        return ordered
 
     def list_runs(self) -> Ranking:
-        """Return the number of the run that each item is in."""
+        """Return the column of `total` that each item is in."""
         runs = np.empty_like(self.items)
-        runs[self.items] = np.repeat(np.arange(len(self.starts)), np.diff(self.starts, append=len(self.items)))
+        columns = self.starts if self._is_sparse else np.arange(len(self.starts))
+        runs[self.items] = np.repeat(columns, self.lengths)
         return runs
 
 
 def _sort(values: npt.NDArray[Any]) -> _Order:
     items = np.argsort(values, kind="stable")
-    return _Order(items, np.flatnonzero(np.diff(values[items], prepend=values[items[0]] - 1)))
+    starts = np.flatnonzero(np.diff(values[items], prepend=values[items[0]] - 1))
+    return _Order(items, starts, np.diff(starts, append=len(items)))
 
 
 def _cumulate(rows: _Floats) -> _Floats:
@@ -187,7 +216,7 @@ def _prepare_v_measure(clusters: Sequence[Ranking], labels: Ranking) -> _Metric:
     of_clusters = [(_sort(found), _sort(found * n_labels + labels)) for found in clusters]
 
     def compute(weights: _Floats) -> _Floats:
-        weights = of_cells.total(weights)
+        weights = of_cells.merge(weights)
         label_entropy = _entropy(of_labels.total(weights))
         found = np.ones((len(weights), len(clusters)), weights.dtype)
         for column, (of_cluster, of_both) in enumerate(of_clusters):
