@@ -40,8 +40,8 @@ HEAD = """# Results
 Made by `python eval/publish.py render` from `results/students/*.json`: do not edit. Students of all-mpnet-base-v2
 (109.5 M parameters) on English texts of one mix, trained on two CPU cores; MiniLM and model2vec as they are. Test sets
 were scored once, when all choices had been made on STSBenchmark.dev, TIME, CISI and texts kept out. Figures are the
-main metric of each task x 100 (Spearman, nDCG@10, accuracy, average precision); what is kept of the teacher has a 95 %
-interval by paired bootstrap. What was tried on the way, and what failed: `LOG.md`.
+main metric of each task x 100 (Spearman, nDCG@10, accuracy, average precision, V-measure); what is kept of the teacher
+has a 95 % interval by paired bootstrap. What was tried on the way, and what failed: `LOG.md`.
 """
 CAVEATS = """
 ## Why retrieval falls short of its aims
