@@ -112,7 +112,8 @@ def test_the_page_on_evaluation_runs(
         code = run_command(block.strip(), monkeypatch)
         assert code in {0, 1, 3}, capsys.readouterr().err
     assert (place / "judged" / "report.html").is_file()
-    assert len(list((place / "judged" / "results" / "SciFact").glob("*.json"))) == 4
+    scored = {path.stem for path in (place / "judged" / "results" / "SciFact").glob("*.json")}
+    assert scored >= {"teacher", "student", "student queries", "student documents", "untrained", "word vectors"}
     assert list((place / "mteb" / "results").rglob("STSBenchmark.json"))
 
 
