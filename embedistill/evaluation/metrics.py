@@ -107,7 +107,7 @@ class _Order:
         return np.flatnonzero(np.repeat(self.lengths > 1, self.lengths)), np.cumsum(lengths) - lengths
 
     @property
-    def _is_sparse(self) -> bool:
+    def _is_mostly_distinct(self) -> bool:
         return 2 * len(self.starts) > len(self.items)
 
     def merge(self, rows: _Floats) -> _Floats:
@@ -120,7 +120,7 @@ class _Order:
         Where few values are equal, sums are kept at the first place of a run and its others are zero, which are runs
         without weight: (n_rows, n_items), in a fifth of the time.
         """
-        if not self._is_sparse:
+        if not self._is_mostly_distinct:
             return self.merge(rows)
         ordered: _Floats = np.take(rows, self.items, axis=1)
         places, starts = self._tied
@@ -133,7 +133,7 @@ class _Order:
     def list_runs(self) -> Ranking:
         """Return the column of `total` that each item is in."""
         runs = np.empty_like(self.items)
-        columns = self.starts if self._is_sparse else np.arange(len(self.starts))
+        columns = self.starts if self._is_mostly_distinct else np.arange(len(self.starts))
         runs[self.items] = np.repeat(columns, self.lengths)
         return runs
 
