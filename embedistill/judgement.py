@@ -131,7 +131,7 @@ def evaluate(
     records = load_corpus(run / "corpus.parquet")["train"] if run else []
     candidates = _list_candidates(student, local, vectors)
     if local and vectors and floors and run:
-        candidates += _list_floors(run, local, vectors, [record.document for record in records])
+        candidates += _list_floors(run, cache, local, vectors, [record.document for record in records])
     candidates += [make_candidate(name, one) for name, one in located.items()]
     results = score_all(
         loaded,
@@ -334,8 +334,10 @@ def _list_candidates(student: LocatedModel, teacher: LocalEncoder | None, vector
     return [Candidate(TEACHER, found.name, vectors, _same, teacher.model, found.path), judged]
 
 
-def _list_floors(run: Path, teacher: LocalEncoder, vectors: Encoder, texts: Sequence[str]) -> list[Candidate]:
-    """Return the floors of the student of a run, where it was made for this teacher."""
+def _list_floors(
+    run: Path, cache: Path, teacher: LocalEncoder, vectors: Encoder, texts: Sequence[str]
+) -> list[Candidate]:
+    """Return the floors of the student of a run, where it was made for this teacher, as far as they are kept."""
     space = _find_space(run / "model", teacher.located)
     if space is None:
         return []
@@ -345,8 +347,10 @@ def _list_floors(run: Path, teacher: LocalEncoder, vectors: Encoder, texts: Sequ
         some = [some[number] for number in np.random.default_rng(SEED).permutation(len(some))[:FIT_TEXTS]]
         return [find_prompt(model, "document") + text for text in some], vectors(some, "document")
 
-    untrained = make_candidate(UNTRAINED, locate(str(run / "untrained"), models_dir=run), space)
-    return [untrained, *make_floors(run / "model", teacher.model, vectors, sample)]
+    floors = make_floors(run / "model", teacher.model, vectors, sample)
+    if (run / "untrained").is_dir():
+        floors.insert(0, make_candidate(UNTRAINED, locate(str(run / "untrained"), models_dir=cache / "models"), space))
+    return floors
 
 
 def _locate_teacher(name: str, run: Path | None, cache: Path) -> LocatedModel:

@@ -411,7 +411,7 @@ def test_a_student_may_be_judged_by_its_queries_on_the_teachers_documents(
 
 
 def test_the_student_of_a_run_has_the_floors_of_its_run_beside_it(
-    finished: Path, teacher_dir: Path, mpnet_dir: Path, data_dir: Path
+    finished: Path, teacher_dir: Path, mpnet_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     own = {row.task: row for row in load_report(finished / "run").comparisons if row.metric in MAIN}
     report = evaluate(finished / "run", ["STS12"], teacher=str(teacher_dir), data=data_dir)
@@ -420,6 +420,9 @@ def test_the_student_of_a_run_has_the_floors_of_its_run_beside_it(
     for role in {*sts.values} - {"word vectors"}:  # whose head is solved on other texts of the corpus
         assert sts.values[role] == pytest.approx(own["STS12"].values[role], abs=1e-3), role
     assert [model.role for model in report.models] == ["teacher", "student", "untrained"]
+    shutil.copytree(finished / "run", tmp_path / "run", ignore=shutil.ignore_patterns("untrained"))
+    (row,) = evaluate(tmp_path / "run", ["STS12"], teacher=str(teacher_dir), data=data_dir).comparisons
+    assert list(row.values) == ["teacher", "student", "word vectors", "teacher's PCA"]
     for other in (
         {"teacher": str(teacher_dir), "floors": False},
         {"teacher": str(mpnet_dir)},  # the student is not in its space
