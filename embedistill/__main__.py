@@ -1,5 +1,5 @@
 """`python -m embedistill`."""
 
-from embedistill.cli import main
+from embedistill.cli.commands import main
 
 main()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ from embedistill.teaching import (
 from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
+Stage = Literal["corpus", "encode", "student", "training"]
 _FIT_TEXTS = 5_000
 _SAMPLE_TEXTS = 20_000
 TARGETS = "targets.json"
@@ -93,10 +94,14 @@ _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpo
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its report and its student."""
+    """A run: its folder, its student once it is trained, and its report once it is evaluated."""
 
     folder: Path
-    report: Report
+
+    @cached_property
+    def report(self) -> Report:
+        """How much was kept, and what it cost."""
+        return load_report(self.folder)
 
     @cached_property
     def student(self) -> SentenceTransformer:
@@ -104,13 +109,20 @@ class Run:
         return SentenceTransformer(str(self.folder / "model"), local_files_only=True)
 
 
-def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Run:
+def distill(
+    recipe: Recipe,
+    run_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    *,
+    until: Stage | None = None,
+) -> Run:
     """Distil a teacher as a recipe says; a run that was stopped goes on where it was.
 
     Args:
         recipe: From `load_recipe`.
         run_dir: Folder of the run; default: runs/<name>.
         cache_dir: Folder for models and teacher embeddings, shared by runs; default: `default_cache_dir()`.
+        until: Last stage to run; the same call without it goes on from there. Default: all of them.
 
     Raises:
         EmbedistillError: Something is wrong with the recipe's data, teacher or folder; it says what to do.
@@ -120,29 +132,14 @@ def distill(recipe: Recipe, run_dir: str | Path | None = None, cache_dir: str | 
     if ranks.rank() > 0:
         for message in ranks.follow():
             _Line(recipe, folder, cache).teach(**message)
-        return Run(folder, load_report(folder))
+        return Run(folder)
     with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE, AFTERWARDS):
         line = _Line(recipe, folder, cache)
-        stages = line.stages
-        corpus = stages.run("corpus", line.read, [describe_source(recipe.corpus.sources)], ["corpus.parquet"])
-        teacher = [line.located.weights_sha256, line.located.settings_sha256]
-        encoded = stages.run("encode", line.encode, [corpus, *teacher], [TARGETS])
-        if recipe.student.via:
-            begun = stages.run("assistant", line.build_assistant, [encoded], [ASSISTANT])
-            encoded = stages.run("assistant training", line.train_assistant, [begun], [TRAINED_ASSISTANT])
-        started = [line.start.weights_sha256, line.start.settings_sha256] if line.start else []
-        built = stages.run("student", line.build, [encoded, *started], ["untrained"])
-        trained = stages.run("training", line.train, [built], ["model", "training_log.jsonl"])
-        compared: list[Any] = [found.weights_sha256 for found in line.baselines.values()]
-        asked = recipe.evaluation.model_dump()
-        judged = [asked.pop(name) for name in ("margin", "segment_margin", "resamples")]
-        compared += [asked, describe_tasks(line.examination.names, line.examination.data)]
-        scored = stages.run("evaluation", line.evaluate, [trained, *compared], ["results"])
-        stages.run("report", line.report, [scored, judged], [REPORT, "report.html"])
-        if recipe.search:
-            stages.run("index", line.index, [trained], [INDEX])
+        for stage in line.go():
+            if stage == until:
+                break
         ranks.announce(line.announced)
-    return Run(folder, load_report(folder))
+    return Run(folder)
 
 
 class _Line:
@@ -198,6 +195,31 @@ class _Line:
         name = self.stages.choose(f"{role}_dtype", lambda: str(choose_dtype(wanted, device)).removeprefix("torch."))
         dtype: torch.dtype = getattr(torch, name)
         return dtype
+
+    def go(self) -> Iterator[Stage]:
+        """Run the stages that are not done, and yield the names of those that a run may end with, when they are."""
+        recipe, run = self.recipe, self.stages.run
+        corpus = run("corpus", self.read, [describe_source(recipe.corpus.sources)], ["corpus.parquet"])
+        yield "corpus"
+        teacher = [self.located.weights_sha256, self.located.settings_sha256]
+        encoded = run("encode", self.encode, [corpus, *teacher], [TARGETS])
+        yield "encode"
+        if recipe.student.via:
+            begun = run("assistant", self.build_assistant, [encoded], [ASSISTANT])
+            encoded = run("assistant training", self.train_assistant, [begun], [TRAINED_ASSISTANT])
+        started = [self.start.weights_sha256, self.start.settings_sha256] if self.start else []
+        built = run("student", self.build, [encoded, *started], ["untrained"])
+        yield "student"
+        trained = run("training", self.train, [built], ["model", "training_log.jsonl"])
+        yield "training"
+        compared: list[Any] = [found.weights_sha256 for found in self.baselines.values()]
+        asked = recipe.evaluation.model_dump()
+        judged = [asked.pop(name) for name in ("margin", "segment_margin", "resamples")]
+        compared += [asked, describe_tasks(self.examination.names, self.examination.data)]
+        scored = run("evaluation", self.evaluate, [trained, *compared], ["results"])
+        run("report", self.report, [scored, judged], [REPORT, "report.html"])
+        if recipe.search:
+            run("index", self.index, [trained], [INDEX])
 
     @cached_property
     def corpus(self) -> dict[Split, list[Record]]:

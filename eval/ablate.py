@@ -5,8 +5,8 @@ r"""What each setting of the training is worth: trainings of equal length from o
         plain: 'ranking:training.objectives.ranking=1;training.neighbours=8'
 
 Behind `--` stand the variants, NAME:key=value;key=value each. The first run encodes and builds; every variant starts
-from a copy of it. A variant whose results are there is not run again. Steps are as many however busy the machine is:
-start it twice, with OMP_NUM_THREADS=1, and the two share the work.
+from a copy of it, is trained, and is scored on dev sets. A variant whose results are there is not run again. Steps are
+as many however busy the machine is: start it twice, with OMP_NUM_THREADS=1, and the two share the work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ import filelock
 from embedistill import Run, distill, load_recipe
 from embedistill.evaluation.loading import load_tasks
 from embedistill.evaluation.scoring import score_model
+from embedistill.evaluation.trial import STUDENT, make_candidate
 from embedistill.files import read_json, write_json, write_text, written_aside
 from embedistill.recipe import Recipe, dump_recipe
-from embedistill.teacher import encode
+from embedistill.teacher import locate
 
 DEV = ["STSBenchmark.dev", "TIME", "CISI"]
-MADE_AGAIN = ("training", "evaluation", "report")
 
 
 def main() -> None:
@@ -37,12 +36,11 @@ def main() -> None:
     name, *given = sys.argv[1:split]
     options = dict(zip(given[:6:2], given[1:6:2], strict=True))
     data, out, runs = (Path(options[option]) for option in ("--data", "--out", "--runs"))
-    common = [*given[6:], "evaluation.tasks=[agreement]", "search=null"]
+    common = given[6:]
     for folder in (out, runs):
         folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(runs / "base.lock"):
-        if not (runs / "base" / "report.json").is_file():
-            distill(load_recipe(name, *common, "training.steps=1", "name=base"), runs / "base")
+        distill(load_recipe(name, *common, "name=base"), runs / "base", until="student")
     for variant in sys.argv[split + 1 :]:
         label, _, settings = variant.partition(":")
         changes = [one for one in settings.split(";") if one]
@@ -69,17 +67,14 @@ def train_from(base: Path, folder: Path, recipe: Recipe) -> Run:
         with written_aside(folder) as part:
             shutil.copytree(base, part)
             write_text(part / "recipe.yaml", dump_recipe(recipe))
-            record = read_json(part / "run.json")
-            for stage in MADE_AGAIN:
-                record["stages"].pop(stage, None)
-            write_json(part / "run.json", record)
-    return distill(recipe, folder)
+    return distill(recipe, folder, until="training")
 
 
 def measure(run: Run, data: Path) -> dict[str, Any]:
     """Return the readings on the way and what the student comes to on dev sets."""
     tasks = load_tasks(DEV, data, skip_missing=False)
-    results = score_model(tasks, partial(encode, run.student), role="student", model=str(run.folder))
+    student = make_candidate(STUDENT, locate(str(run.folder / "model"), models_dir=run.folder))
+    results = score_model(tasks, student.encode, role=student.role, model=str(run.folder))
     log = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
     return {
         "figures": {f"{result.task} {name}": value for result in results for name, value in result.metrics.items()},

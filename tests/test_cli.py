@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from embedistill import cli
+from embedistill.cli import commands, recipes
 from embedistill.evaluation.comparison import Comparison, Retention
 from embedistill.recipe import find_recipe, list_recipes
 from embedistill.report.document import Report
@@ -39,7 +39,7 @@ def call(
     """Run the command line in this process; return exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["embedistill", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        commands.main()
     out, err = capsys.readouterr()
     return int(stop.value.code or 0), out, err
 
@@ -54,13 +54,13 @@ def call(
     ],
 )
 def test_help(command: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, [*command, "--help"])
+    result = CliRunner().invoke(commands.app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
 
 
 def test_every_command_is_listed_here() -> None:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(commands.app)
     assert sorted(group.commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
     assert sorted(group.commands["recipes"].commands) == sorted(RECIPE_COMMANDS)  # type: ignore[attr-defined]
     assert sorted(group.commands["cache"].commands) == sorted(CACHE_COMMANDS)  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["embedistill", "validate", "nowhere.yaml", "--debug"])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        commands.main()
     assert stop.value.code == 2
     assert "Traceback" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_the_systems_errors_are_explained(monkeypatch: pytest.MonkeyPatch, capsy
         def raising(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "find_recipe", raising)
+        monkeypatch.setattr(recipes, "find_recipe", raising)
         return call(monkeypatch, capsys, "recipes", "show", "quickstart")
 
     code, _, err = fail(OSError(28, "No space left on device", "/disk/x"))
@@ -162,8 +162,13 @@ def test_the_systems_errors_are_explained(monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_run_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe_file: Path, tmp_path: Path
 ) -> None:
+    code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1", "--until", "student")
+    assert code == 0, err
+    assert re.fullmatch(r"runs/tiny-\w+: student is done\n", out)
+
     code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1")
     assert code == 0, err
+    assert "student: done earlier" in err
     lines = out.rstrip().splitlines()
     folder = next((tmp_path / "runs").iterdir())
     assert re.search(r"student .*untrained", out)

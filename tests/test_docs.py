@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from embedistill import cli, recipe
+from embedistill import recipe
+from embedistill.cli import commands
 from embedistill.files import sha256_file
 from embedistill.recipe import loading
 from embedistill.wheels import WHEEL_MODELS, WheelModel
@@ -49,7 +50,7 @@ def place(
 def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", shlex.split(line.split("#")[0]))
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        commands.main()
     return int(stop.value.code or 0)
 
 

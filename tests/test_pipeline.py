@@ -170,6 +170,20 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
     assert run.student.encode("a plain SentenceTransformer").shape == (16,)
 
 
+def test_a_run_may_end_behind_its_training(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_file, "training.epochs=0.1", "evaluation.tasks=[agreement]")
+    run = distill(recipe, tmp_path / "run", until="training")
+    assert run.student.encode("trained").shape == (16,)
+    with pytest.raises(UsageError, match=r"run: no report\.json; expected the folder of a finished run"):
+        _ = run.report
+    assert not (tmp_path / "run" / "results").exists()
+    for name in ("read", "encode", "build", "train"):
+        monkeypatch.setattr(pipeline._Line, name, lambda self: pytest.fail("run again"))
+    assert distill(recipe, tmp_path / "run").report.retention("agreement").value > 0
+
+
 def test_a_finished_run_is_evaluated_anew_where_only_that_changed(
     recipe_file: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
