@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Dtype, Recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
-from embedistill.stages import Stages, check_space, hold_folder, list_versions
+from embedistill.stages import Stage, Stages, check_space, hold_folder, list_versions
 from embedistill.student.building import add_head, build_student, list_body
 from embedistill.student.head import Matrix, fit_pca, project
 from embedistill.student.planning import TransformerPlan
@@ -80,7 +80,6 @@ from embedistill.teaching import (
 from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
-Stage = Literal["corpus", "encode", "student", "training"]
 _FIT_TEXTS = 5_000
 _SAMPLE_TEXTS = 20_000
 TARGETS = "targets.json"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -19,6 +19,9 @@ from embedistill.errors import UsageError
 from embedistill.files import PART, fingerprint, read_json, remove, write_json, write_text
 from embedistill.progress import note
 from embedistill.recipe.notation import parse
+
+Stage = Literal["corpus", "encode", "student", "training"]
+"""One that a run may end with."""
 
 SCHEMA_VERSION = 1
 RECIPE = "recipe.yaml"

@@ -170,9 +170,7 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
     assert run.student.encode("a plain SentenceTransformer").shape == (16,)
 
 
-def test_a_run_may_end_behind_its_training(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_may_end_behind_its_training(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(recipe_file, "training.epochs=0.1", "evaluation.tasks=[agreement]")
     run = distill(recipe, tmp_path / "run", until="training")
     assert run.student.encode("trained").shape == (16,)

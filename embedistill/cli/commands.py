@@ -21,6 +21,7 @@ from embedistill.cli.options import CacheOption, JsonOption, RecipeArgument, hus
 from embedistill.cli.printing import make_console, print_hits, print_report, print_table
 from embedistill.errors import EmbedistillError, explain_os_error
 from embedistill.recipe import Recipe, find_recipe, load_recipe
+from embedistill.stages import Stage
 
 if TYPE_CHECKING:
     from embedistill.report.document import Report
@@ -89,7 +90,7 @@ def run(
     cache_dir: CacheOption = None,
     data: DataOption = None,
     until: Annotated[
-        Literal["corpus", "encode", "student", "training"] | None,
+        Stage | None,
         typer.Option(help="Last stage to run; the same command without it goes on from there.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
