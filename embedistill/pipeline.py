@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -12,20 +10,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from sentence_transformers import SentenceTransformer
-from transformers import AutoTokenizer
 
 from embedistill import ranks
-from embedistill.architectures import Sizes, read_config, read_sizes, with_sizes
+from embedistill.architectures import read_config, read_sizes
+from embedistill.construction import Construction
 from embedistill.corpus.filtering import make_filter
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import describe_source
-from embedistill.corpus.records import Record, Split, load_corpus, save_corpus
+from embedistill.corpus.records import save_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype, find_device, find_training_device
 from embedistill.encoding.local import LocalEncoder
-from embedistill.encoding.targets import find_faults
 from embedistill.errors import UsageError
 from embedistill.evaluation.costs import ModelFacts
 from embedistill.evaluation.loading import describe_tasks
@@ -43,10 +39,9 @@ from embedistill.evaluation.trial import (
     score_all,
 )
 from embedistill.examination import Examination
-from embedistill.files import folder_bytes, read_json, remove, write_json, written_aside
-from embedistill.forecast import Forecast, compare_forecast, forecast
+from embedistill.files import folder_bytes, read_json, remove, write_json
 from embedistill.judgement import choose_measures, judge
-from embedistill.outlook import check_pieces, plan_section, plan_student
+from embedistill.material import CORPUS, TARGETS, Material
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
 from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
@@ -54,17 +49,13 @@ from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stage, Stages, check_space, hold_folder, list_versions
-from embedistill.student.building import add_head, build_student, list_body
-from embedistill.student.head import Matrix, fit_pca, project
-from embedistill.student.planning import TransformerPlan
-from embedistill.student.saving import load_projection, save_student
-from embedistill.student.static import build_static
+from embedistill.student.head import Matrix, project
+from embedistill.student.saving import load_projection
 from embedistill.teacher import (
     Kind,
     LocatedModel,
     default_cache_dir,
     embed_cheaply,
-    find_prompt,
     load,
     locate,
 )
@@ -75,17 +66,11 @@ from embedistill.teaching import (
     make_batching,
     make_loss,
     make_schedule,
-    texts_by_kind,
 )
 from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
-_FIT_TEXTS = 5_000
-_SAMPLE_TEXTS = 20_000
-TARGETS = "targets.json"
 ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
-_EXAMPLES = 10
-_DEV_SHARE, _FEWEST_DEV = 20, 8
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
@@ -155,39 +140,19 @@ class _Line:
             raise UsageError("teacher.api", found, "teacher.model: a folder or a model id", do)
         teacher = recipe.teacher
         self.located = self._locate(teacher.model, teacher.revision, teacher.prompts)
-        self.assistant_plan, self.plan = self._plan()
         self.start = None if recipe.student.origin in {"teacher", "static"} else self._locate(recipe.student.origin)
+        self.construction = Construction(recipe, self.stages, self.located, self.start)
         self.baselines = {name: self._locate(name) for name in recipe.evaluation.baselines}
         dtype = self._choose_dtype("teacher", recipe.teacher.dtype)
         self.teacher = CachedTeacher(
             LocalEncoder(self.located, dtype), cache_dir / "embeddings", recipe.encoding.storage
         )
+        self.material = Material(recipe, folder, self.teacher)
 
     def _locate(
         self, name: str, revision: str | None = None, prompts: Mapping[Kind, str] | None = None
     ) -> LocatedModel:
         return locate(name, revision, models_dir=self.cache_dir / "models", prompts=prompts)
-
-    def _plan(self) -> tuple[TransformerPlan | None, TransformerPlan | None]:
-        """Check the sizes of the assistant and the student against what they are made of."""
-        section = self.recipe.student
-        if section.origin not in {"teacher", "static"}:
-            return None, None
-        config = read_config(self.located.path)
-        check_pieces(section, AutoTokenizer.from_pretrained(self.located.path, local_files_only=True))
-        if section.origin == "static":
-            return None, None
-        if section.budgets:
-            name = f"sizes {self.located.weights_sha256[:12]}"
-            sizes = Sizes(**self.stages.choose(name, lambda: self._choose_sizes(config)))
-            note(f"Student: {sizes.layers} x {sizes.hidden_size}, {sizes.vocabulary_size:,} pieces")
-            return None, TransformerPlan(sizes)
-        assistant = plan_section(config, section.via, "student.via") if section.via else None
-        config = with_sizes(config, assistant.sizes) if assistant else config
-        return assistant, plan_section(config, section, "student")
-
-    def _choose_sizes(self, config: dict[str, Any]) -> dict[str, int]:
-        return asdict(plan_student(self.recipe.student, config, load(self.located)).sizes)
 
     def _choose_dtype(self, role: str, wanted: Dtype) -> torch.dtype:
         device = find_device() if role == "teacher" else find_training_device()
@@ -198,7 +163,7 @@ class _Line:
     def go(self) -> Iterator[Stage]:
         """Run the stages that are not done, and yield the names of those that a run may end with, when they are."""
         recipe, run = self.recipe, self.stages.run
-        corpus = run("corpus", self.read, [describe_source(recipe.corpus.sources)], ["corpus.parquet"])
+        corpus = run("corpus", self.read, [describe_source(recipe.corpus.sources)], [CORPUS])
         yield "corpus"
         teacher = [self.located.weights_sha256, self.located.settings_sha256]
         encoded = run("encode", self.encode, [corpus, *teacher], [TARGETS])
@@ -221,45 +186,9 @@ class _Line:
             run("index", self.index, [trained], [INDEX])
 
     @cached_property
-    def corpus(self) -> dict[Split, list[Record]]:
-        return load_corpus(self.folder / "corpus.parquet")
-
-    @cached_property
     def tasks(self) -> dict[str, Task]:
         """The tasks by what the recipe calls them."""
-        return self.examination.list_tasks(self.corpus["holdout"])
-
-    @cached_property
-    def encoded_texts(self) -> dict[Kind, list[str]]:
-        """The distinct texts that the teacher encodes for training, by kind."""
-        return texts_by_kind(self.corpus["train"])
-
-    @cached_property
-    def _usable_texts(self) -> tuple[dict[Kind, list[str]], dict[Kind, list[str]]]:
-        """Those of them whose vectors can be trained on: to train on, and to watch the student on."""
-        dropped = {kind: set(numbers) for kind, numbers in read_json(self.folder / TARGETS)["dropped"].items()}
-        usable = [
-            (kind, text)
-            for kind, texts in self.encoded_texts.items()
-            for number, text in enumerate(texts)
-            if number not in dropped[kind]
-        ]
-        n_dev = min(self.recipe.training.dev_size, len(usable) // _DEV_SHARE)
-        n_dev = n_dev if n_dev >= _FEWEST_DEV else 0
-        dev = set(np.random.default_rng(self.recipe.seed).permutation(len(usable))[:n_dev].tolist())
-        trained: dict[Kind, list[str]] = {kind: [] for kind in self.encoded_texts}
-        watched: dict[Kind, list[str]] = {kind: [] for kind in self.encoded_texts}
-        for number, (kind, text) in enumerate(usable):
-            (watched if number in dev else trained)[kind].append(text)
-        return trained, watched
-
-    @property
-    def training_texts(self) -> dict[Kind, list[str]]:
-        return self._usable_texts[0]
-
-    @property
-    def dev_texts(self) -> dict[Kind, list[str]]:
-        return self._usable_texts[1]
+        return self.examination.list_tasks(self.material.corpus["holdout"])
 
     def read(self) -> dict[str, Any]:
         section = self.recipe.corpus
@@ -275,11 +204,12 @@ class _Line:
             evaluation_texts=self.examination.texts,
         )
         note(f"Corpus: {funnel}")
-        save_corpus(self.folder / "corpus.parquet", splits)
+        save_corpus(self.folder / CORPUS, splits)
         return {"funnel": funnel.counts, "examples": funnel.examples}
 
     def encode(self) -> dict[str, Any]:
-        self.examination.list_tasks(self.corpus["holdout"])  # says what cannot be had, before anything is encoded
+        corpus, texts, plan = self.material.corpus, self.material.encoded, self.construction.plan
+        self.examination.list_tasks(corpus["holdout"])  # says what cannot be had, before anything is encoded
         cache, size = self.teacher.cache("document"), self.recipe.student.embedding_size
         if size and size > cache.dim:
             raise UsageError(
@@ -289,46 +219,26 @@ class _Line:
         if max(prefixes, default=0) > (size or cache.dim):
             found, expected = str(max(prefixes)), f"at most the {size or cache.dim} dimensions of the student"
             raise UsageError("training.matryoshka", found, expected)
-        sizes = [self.plan.sizes, read_sizes(read_config(self.located.path))] if self.plan else []
+        sizes = [plan.sizes, read_sizes(read_config(self.located.path))] if plan else []
         widths, layers = [one.hidden_size for one in sizes], [one.layers for one in sizes]
-        check_training(self.recipe.training, self.corpus["train"], widths, layers)
-        n_texts = sum(len(texts) for texts in self.encoded_texts.values())
-        n_missing = sum(len(self.teacher.cache(kind).missing(texts)) for kind, texts in self.encoded_texts.items())
+        check_training(self.recipe.training, corpus["train"], widths, layers)
+        n_missing = sum(len(self.teacher.cache(kind).missing(some)) for kind, some in texts.items())
         check_space(self.folder, _MODEL_COPIES * folder_bytes(self.located.path))
         check_space(self.cache_dir, _BYTES[cache.storage] * cache.dim * n_missing)
-        encoded = sum(
-            encode_missing(self.recipe, self.teacher, texts, kind) for kind, texts in self.encoded_texts.items()
-        )
-        checked = self._check_targets()
+        encoded = sum(encode_missing(self.recipe, self.teacher, some, kind) for kind, some in texts.items())
+        checked = self.material.check_targets()
         write_json(self.folder / TARGETS, checked)
         return {
             "teacher": {**asdict(self.located), "path": str(self.located.path)},
-            "cache_keys": {kind: self.teacher.cache(kind).key for kind in self.encoded_texts},
-            "texts": n_texts,
+            "cache_keys": {kind: self.teacher.cache(kind).key for kind in texts},
+            "texts": sum(len(some) for some in texts.values()),
             "encoded": encoded,
             "faults": {fault: count for fault, count in checked["counts"].items() if count},
         }
 
-    def _check_targets(self) -> dict[str, Any]:
-        """Count the faults of the vectors, with examples, and say which texts are not trained on."""
-        counts: Counter[str] = Counter()
-        examples: dict[str, list[str]] = {}
-        dropped: dict[Kind, list[int]] = {}
-        for kind, texts in self.encoded_texts.items():
-            faults = find_faults(self.teacher.cache(kind), texts)
-            counts.update({fault: len(numbers) for fault, numbers in faults.items()})
-            for fault, numbers in faults.items():
-                examples.setdefault(fault, []).extend(texts[number][:200] for number in numbers[:_EXAMPLES])
-            dropped[kind] = sorted({int(number) for fault in self.recipe.encoding.drop for number in faults[fault]})
-        kept = sum(len(texts) - len(dropped[kind]) for kind, texts in self.encoded_texts.items())
-        note(f"Targets: {kept:,} kept; " + ", ".join(f"{count:,} {fault}" for fault, count in counts.items()))
-        if kept < 2:
-            found = f"{kept} texts left to train on"
-            raise UsageError("encoding.drop", found, "two at the very least", f"see {self.folder / TARGETS}")
-        return {"counts": counts, "examples": examples, "rules": self.recipe.encoding.drop, "dropped": dropped}
-
     def build_assistant(self) -> dict[str, Any]:
-        return self._build(load(self.located), cast(TransformerPlan, self.assistant_plan), ASSISTANT)
+        plan = self.construction.assistant_plan
+        return self.construction.build(load(self.located), plan, self.material, self.folder / ASSISTANT)
 
     def train_assistant(self) -> None:
         via = cast(AssistantSection, self.recipe.student.via)
@@ -336,53 +246,8 @@ class _Line:
 
     def build(self) -> dict[str, Any]:
         source = self._load(TRAINED_ASSISTANT) if self.recipe.student.via else load(self.located)
-        self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
-        return self._build(source, self.plan, "untrained")
-
-    def _build(self, source: SentenceTransformer, plan: TransformerPlan | None, name: str) -> dict[str, Any]:
-        """Build an untrained model out of a source, and save it."""
-        section = self.recipe.student
-        inputs, vectors = self._sample(source)
-        size = section.embedding_size
-        projection = fit_pca(vectors, size) if size and size < vectors.shape[1] else None
-        counted = list_inputs(source, self.training_texts)
-        layers: list[int] | None = None
-        if plan:
-            student, layers = build_student(source, plan, inputs, vectors, projection=projection, counted=counted)
-        else:
-            texts, targets = inputs[:_FIT_TEXTS], project(vectors[:_FIT_TEXTS], projection)
-            if self.start:
-                student = add_head(list_body(load(self.start)), source, texts, targets)
-            else:
-                pieces = section.vocabulary_size
-                student = build_static(source, texts, targets, vocabulary_size=pieces, counted=counted)
-        self._save(student, self.folder / name, projection, layers)
-        return {"layers": layers}
-
-    def _forecast(self) -> list[dict[str, Any]]:
-        """Return what teacher and student will cost; nothing where the student is not of planned sizes."""
-        if not self.plan:
-            return []
-        teacher = load(self.located)
-        size = self.recipe.student.embedding_size or teacher.get_embedding_dimension() or 0
-        return [asdict(one) for one in forecast(teacher, {"student": self.plan.sizes}, size)]
-
-    def _compare_forecast(self, models: dict[str, SentenceTransformer]) -> list[dict[str, Any]]:
-        """Return what was planned beside what is measured; nothing where nothing was."""
-        rows = self.stages.choose(f"forecast {self.located.weights_sha256[:12]}", self._forecast)
-        planned = TypeAdapter(list[Forecast]).validate_python(rows)
-        return compare_forecast(planned, models) if planned else []
-
-    def _sample(self, model: SentenceTransformer) -> tuple[list[str], Matrix]:
-        """Return some training texts as the model sees them, in random order, and the teacher's vectors of them."""
-        inputs, vectors = [], []
-        share = _SAMPLE_TEXTS / sum(len(texts) for texts in self.training_texts.values())
-        for kind, texts in self.training_texts.items():
-            some = texts[: math.ceil(share * len(texts))]
-            inputs += [find_prompt(model, kind) + text for text in some]
-            vectors.append(self.teacher.vectors(some, kind))
-        order = np.random.default_rng(self.recipe.seed).permutation(len(inputs))
-        return [inputs[number] for number in order], np.concatenate(vectors)[order]
+        self.construction.forecast()
+        return self.construction.build(source, self.construction.plan, self.material, self.folder / "untrained")
 
     def train(self) -> None:
         via = self.recipe.student.via
@@ -390,7 +255,7 @@ class _Line:
 
     def _train(self, name: str, trained: str, share: float) -> None:
         """Train a model on the cache for a share of the time, and save it under another name."""
-        for kind, texts in self.training_texts.items():
+        for kind, texts in self.material.trained.items():
             encode_missing(self.recipe, self.teacher, texts, kind)  # nothing, unless the cache was pruned
         log = "training_log" if trained == "model" else f"{trained}_log"
         dtype = str(self._choose_dtype("student", self.recipe.training.dtype)).removeprefix("torch.")
@@ -400,7 +265,7 @@ class _Line:
         self.announced += 1
         student = self.teach(**task)
         layers = read_json(self.folder / name / "embedistill.json")["layers"]
-        self._save(student, self.folder / trained, load_projection(self.folder / name), layers)
+        self.construction.save(student, self.folder / trained, load_projection(self.folder / name), layers)
         remove(self.folder / "checkpoints")
 
     def teach(self, name: str, share: float, work: str, log: str, dtype: str) -> SentenceTransformer:
@@ -408,9 +273,9 @@ class _Line:
         student, described = self._load(name), read_json(self.folder / name / "embedistill.json")
         projection = load_projection(self.folder / name)
         for number, (on, part, section) in enumerate(self.recipe.training.phases):
-            targets = self.teacher.open_targets(self.training_texts)
+            targets = self.teacher.open_targets(self.material.trained)
             lessons = list_lessons(
-                student, self.corpus["train"], self.training_texts, targets, projection=projection, on=on
+                student, self.material.corpus["train"], self.material.trained, targets, projection=projection, on=on
             )
             live = load(self.located) if LIVE & set(section.objectives.used) else None
             train(
@@ -429,11 +294,11 @@ class _Line:
         return student
 
     def _open_dev(self, student: SentenceTransformer, projection: Matrix | None) -> Dev | None:
-        if not any(self.dev_texts.values()):
+        if not any(self.material.watched.values()):
             return None
-        vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.dev_texts.items() if texts]
+        vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.material.watched.items() if texts]
         score = self.examination.score if self.examination.watched else None
-        return Dev(list_inputs(student, self.dev_texts), project(np.concatenate(vectors), projection), score)
+        return Dev(list_inputs(student, self.material.watched), project(np.concatenate(vectors), projection), score)
 
     def evaluate(self) -> dict[str, Any]:
         named, section = self.tasks, self.recipe.evaluation
@@ -451,12 +316,12 @@ class _Line:
         )
         save_results(results, self.folder / "results")
         models = {one.role: one.model for one in candidates if one.model}
-        trained = (text for texts in self.encoded_texts.values() for text in texts)
+        trained = (text for texts in self.material.encoded.values() for text in texts)
         return {
             "models": [asdict(facts) for facts in measure_candidates(candidates, choose_texts(tasks))],
             "order": [[result.task, result.role] for result in results],
             "skipped": sorted(set(section.tasks) - set(named)),
-            "planned": self._compare_forecast(models),
+            "planned": self.construction.compare_forecast(models),
             "contamination": find_contamination(tasks, trained),
         }
 
@@ -467,7 +332,7 @@ class _Line:
         candidates = [Candidate(TEACHER, name, self.teacher.vectors, lambda same: same, teacher, self.located.path)]
         for role, part in ((STUDENT, "model"), (UNTRAINED, "untrained")):
             candidates.append(make_candidate(role, self._locate(str(self.folder / part)), space))
-        candidates += make_floors(self.folder / "model", teacher, self.teacher.vectors, self._sample)
+        candidates += make_floors(self.folder / "model", teacher, self.teacher.vectors, self.material.sample)
         return candidates + [make_candidate(name, located) for name, located in self.baselines.items()]
 
     def report(self) -> None:
@@ -475,7 +340,7 @@ class _Line:
         tasks = list(self.tasks.values())
         results = load_results(self.folder / "results")
         results.sort(key=lambda result: facts["order"].index([result.task, result.role]))
-        trained = [text for texts in self.encoded_texts.values() for text in texts]
+        trained = [text for texts in self.material.encoded.values() for text in texts]
         faults = self.stages.facts("encode")["faults"]
         report = judge(
             self.recipe.name,
@@ -499,23 +364,10 @@ class _Line:
         write_page(report, self.folder)
 
     def index(self) -> None:
-        records = [record for split in self.corpus.values() for record in split]
+        records = [record for split in self.material.corpus.values() for record in split]
         texts, sources = [record.text for record in records], [record.source for record in records]
         model = self._load("model", self._choose_dtype("student", self.recipe.training.dtype))
         build_index(model, self.folder / "model", texts, sources, self.folder / INDEX)
 
     def _load(self, name: str, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
         return SentenceTransformer(str(self.folder / name), model_kwargs={"dtype": dtype}, local_files_only=True)
-
-    def _save(
-        self, student: SentenceTransformer, folder: Path, projection: Matrix | None, layers: list[int] | None
-    ) -> None:
-        space = {
-            "teacher": self.located.name,
-            "weights_sha256": self.located.weights_sha256,
-            "from": self.recipe.student.origin,
-            "layers": layers,
-        }
-        with written_aside(folder) as part:
-            part.mkdir()
-            save_student(student, part, projection, space)

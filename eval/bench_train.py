@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from embedistill.files import write_json
 from embedistill.training import loop
 from embedistill.training.batches import Batching
+from embedistill.training.callbacks import Watch
 from embedistill.training.objectives import Course, DistillationLoss
 
 OURS = "embedistill"
@@ -68,8 +69,8 @@ def train_plainly(model: SentenceTransformer, texts: Sequence[str], vectors: Any
 def train_ours(model: SentenceTransformer, texts: Sequence[str], vectors: Any, batching: Batching) -> float:
     """Train as a recipe's run does, and return the seconds."""
     clock = Clock()
-    watch = loop._Watch.on_step_end
-    begin = loop._Watch.on_train_begin
+    watch = Watch.on_step_end
+    begin = Watch.on_train_begin
 
     def on_begin(self: Any, *given: Any, **named: Any) -> None:
         begin(self, *given, **named)
@@ -79,7 +80,7 @@ def train_ours(model: SentenceTransformer, texts: Sequence[str], vectors: Any, b
         watch(self, *given, **named)
         clock.on_step_end()
 
-    loop._Watch.on_train_begin, loop._Watch.on_step_end = on_begin, on_end  # type: ignore[method-assign]
+    Watch.on_train_begin, Watch.on_step_end = on_begin, on_end  # type: ignore[method-assign]
     schedule = loop.Schedule(
         epochs=1, minutes=None, learning_rate=2e-4, warmup=0.05, weight_decay=0.01, checkpoint_steps=10_000, seed=1,
         dtype=torch.bfloat16,
@@ -92,7 +93,7 @@ def train_ours(model: SentenceTransformer, texts: Sequence[str], vectors: Any, b
                 work_dir=Path(folder) / "work", log_path=Path(folder) / "log.jsonl",
             )  # fmt: skip
     finally:
-        loop._Watch.on_train_begin, loop._Watch.on_step_end = begin, watch  # type: ignore[method-assign]
+        Watch.on_train_begin, Watch.on_step_end = begin, watch  # type: ignore[method-assign]
     return clock.end - clock.start
 
 

@@ -90,6 +90,7 @@ def main() -> None:
     adding.add_argument("--command", action="append", required=True, help="that repeats it; one or more")
     adding.add_argument("--role", default="student", help="whose results they are; of a baseline, its name")
     adding.add_argument("--name", help="default: the name of the run's folder")
+    adding.add_argument("--judged", help="on what, where that is not what the others are judged on: a table of its own")
     adding.add_argument("--aim", type=float, nargs=2, metavar=("STS", "RETRIEVAL"), help="percent to keep")
     actions.add_parser("render", help="eval/README.md and the picture")
     arguments = parser.parse_args()
@@ -99,6 +100,7 @@ def main() -> None:
         found = (describe_run(Path(arguments.run)) if is_run else describe_model(arguments.run)) | {
             "name": name,
             "aim": arguments.aim,
+            "judged": arguments.judged,
             "commands": arguments.command,
             "comparisons": [asdict(row) for row in compare(arguments.results, arguments.role)],
         }
@@ -162,9 +164,16 @@ def load_students() -> list[dict[str, Any]]:
     return sorted((read_json(path) for path in STUDENTS.glob("*.json")), key=lambda one: -one["parameters"])
 
 
+def _list_alike(students: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the students that are judged on the same, which compare."""
+    return [one for one in students if not one.get("judged")]
+
+
 def render(students: list[dict[str, Any]]) -> str:
     """Return the page."""
-    parts = [HEAD, "\n![Kept of the teacher by size](results/pareto.svg)\n", _overview(students), _tasks(students)]
+    alike = _list_alike(students)
+    parts = [HEAD, "\n![Kept of the teacher by size](results/pareto.svg)\n", _overview(alike), _tasks(alike)]
+    parts += [_apart([one for one in students if one not in alike])]
     commands = [f"\n### {one['name']}\n\n" + "".join(f"    {line}\n" for line in one["commands"]) for one in students]
     return "".join([*parts, "\n## To repeat them\n", *commands, CAVEATS])
 
@@ -173,7 +182,7 @@ def summarise(students: list[dict[str, Any]]) -> list[str]:
     """Return the first table of the project's README, line by line."""
     head = ["recipe", "layers x width", "parameters", "minutes of training", *(f"{mean}: keeps, %" for mean in MEANS)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for one in students:
+    for one in _list_alike(students):
         name = f"`{one['name']}`" if "steps" in one else f"{one['name']}, as it is"
         cells = [name, one["shape"], f"{one['parameters'] / 1e6:.1f} M", _minutes(one)]
         lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
@@ -219,6 +228,23 @@ def _tasks(students: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _apart(students: list[dict[str, Any]]) -> str:
+    """Return a table of the students that are judged on something of their own; nothing where there are none."""
+    if not students:
+        return ""
+    head = ["", "layers x width", "parameters", "texts", "minutes", "judged on", "task", "teacher", "student"]
+    head.append("keeps, %")
+    lines = ["\n## Judged on something else\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for one in students:
+        about = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", _count(one, "texts"), _minutes(one)]
+        about.append(one["judged"])
+        for row in one["comparisons"]:
+            cells = [*about, row["task"], _value(row, "teacher"), _value(row, "student"), _interval(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+            about = [""] * len(about)
+    return "\n".join(lines) + "\n"
+
+
 def _minutes(student: dict[str, Any]) -> str:
     return f"{student['seconds']['training'] / 60:.0f}" if "seconds" in student else ""
 
@@ -252,6 +278,7 @@ def draw(students: list[dict[str, Any]]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    students = _list_alike(students)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for mean, marker in zip(MEANS, "os", strict=True):

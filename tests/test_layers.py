@@ -29,6 +29,8 @@ ORDER = [
     "judgement",
     "teaching",
     "examination",
+    "material",
+    "construction",
     "pipeline",
     "cli",
 ]
@@ -62,6 +64,8 @@ def test_only_what_makes_a_run_knows_a_recipe() -> None:
         "outlook",
         "teaching",
         "examination",
+        "material",
+        "construction",
         "pipeline",
         "cli",
     }

@@ -66,7 +66,7 @@ pipeline.distill(load_recipe(sys.argv[1]), "run", "cache")
 KILLS = [
     ("embedistill.corpus.records:pq.write_table", 1),
     ("embedistill.cache.shards:written_aside", 1),
-    ("embedistill.pipeline:find_faults", 1),
+    ("embedistill.material:find_faults", 1),
     ("embedistill.student.saving:np.save", 1),
     ("embedistill.training.objectives:DistillationLoss.forward", 14),
     ("embedistill.training.objectives:DistillationLoss.forward", 16),  # in the second training
@@ -526,11 +526,11 @@ def test_vectors_that_cannot_be_trained_on_are_left_out_and_said(
     assert {kind: len(numbers) for kind, numbers in targets["dropped"].items()} == {"document": 2, "query": 2}
     assert len(targets["examples"]["not-finite"]) == 2
     assert done.report.corpus["vectors zero-norm"] == 2
-    line = pipeline._Line(recipe, tmp_path / "run", tmp_path / "cache")
-    for kind, texts in line.training_texts.items():
-        watched = line.dev_texts[kind]
-        assert len(texts) + len(watched) == len(set(texts) | set(watched)) == len(line.encoded_texts[kind]) - 2
-    assert sum(len(texts) for texts in line.dev_texts.values()) == (2 * 128 - 4) // 20
+    material = pipeline._Line(recipe, tmp_path / "run", tmp_path / "cache").material
+    for kind, texts in material.trained.items():
+        watched = material.watched[kind]
+        assert len(texts) + len(watched) == len(set(texts) | set(watched)) == len(material.encoded[kind]) - 2
+    assert sum(len(texts) for texts in material.watched.values()) == (2 * 128 - 4) // 20
 
 
 def test_all_that_a_training_offers_works_together(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from embedistill.evaluation.scoring import Result, save_results
+from embedistill.recipe import list_recipes
 
 EVAL = Path(__file__).parents[1] / "eval"
 
@@ -25,6 +26,17 @@ def test_the_readme_says_what_was_published(publish: SimpleNamespace) -> None:
     readme = (EVAL.parent / "README.md").read_text(encoding="utf-8")
     for line in publish.summarise(publish.load_students()):
         assert line in readme, "the README's first table is not of eval/results/students"
+
+
+def test_the_recipes_say_what_was_published(publish: SimpleNamespace) -> None:
+    said = {path.stem: path.read_text(encoding="utf-8") for path in list_recipes()}
+    students = [one for one in publish.load_students() if one["name"] in said and not one.get("judged")]
+    for one in students:
+        kept = [publish._kept(publish._find(one, mean))["value"] for mean in publish.MEANS]
+        sts, retrieval = (f"{100 * value:.1f} %" for value in kept)
+        expected = f"# Keeps, of the teacher: {sts} of STS, {retrieval} of nDCG@10 in retrieval"
+        assert expected in said[one["name"]], one["name"]
+    assert len(students) == 5
 
 
 def test_means_are_of_the_published_sets_alone(publish: SimpleNamespace, tmp_path: Path) -> None:

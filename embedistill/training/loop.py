@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,25 +18,22 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 
 from embedistill.encoding.hardware import find_training_device
 from embedistill.errors import EmbedistillError
-from embedistill.files import read_json, remove, write_json, write_text, written_aside
+from embedistill.files import read_json, remove, write_json, written_aside
 from embedistill.progress import note, progress_bar
 from embedistill.ranks import rank, world_size
 from embedistill.training.batches import Batching, BudgetSampler, Rows, TargetCollator, Targets, count_tokens
+from embedistill.training.callbacks import Stopwatch, Watch, last_whole_checkpoint, list_checkpoints
 from embedistill.training.objectives import DistillationLoss
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
-_COMPLETE = "complete"
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # its default is a folder of checkpoints, which are removed
-_LOSS_STATE = "loss.safetensors"
-_CALIBRATION_SECONDS = 10.0
-_CALIBRATION_STEPS = 20  # of several processes, which have to stop at the same step
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
 _USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 _FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
@@ -176,10 +172,10 @@ class _Training:
         """Train to the end, or to an error, from the last checkpoint on."""
         steps = self.plan.get("steps") or _agree(self._plan_steps())
         self.keep_plan(steps=steps)
-        checkpoint = _last_whole_checkpoint(self.work_dir)
+        checkpoint = last_whole_checkpoint(self.work_dir)
         with ExitStack() as stack:
             advance = stack.enter_context(progress_bar("Training", steps, "steps"))
-            callbacks: list[TrainerCallback] = [_Watch(advance, self.log_path, self.loss, self.work_dir)]
+            callbacks: list[TrainerCallback] = [Watch(advance, self.log_path, self.loss, self.work_dir)]
             if self.dev and rank() == 0:
                 every = self.schedule.dev_steps or math.ceil(steps / _DEV_READINGS)
                 self.best = KeepBest(
@@ -257,7 +253,7 @@ class _Training:
         """Give the student, in every process, the weights that did best, of those kept and their average."""
         if self.best:
             if self.schedule.average:
-                self.best.try_mean(_list_checkpoints(self.work_dir)[-self.schedule.average :])
+                self.best.try_mean(list_checkpoints(self.work_dir)[-self.schedule.average :])
             self.best.restore()
         if world_size() > 1 and torch.distributed.is_initialized():
             for value in self.student.state_dict().values():
@@ -273,7 +269,7 @@ class _Training:
         wanted = min(wanted, schedule.steps or wanted)
         if schedule.minutes is None or wanted < 4:
             return wanted
-        stopwatch = _Stopwatch()
+        stopwatch = Stopwatch()
         folder = self.work_dir / "calibration"
         in_any_order = replace(self.batching, difficulty=None)  # a curriculum begins with what is not like the rest
         self._trainer(replace(schedule, report_to=()), in_any_order, wanted, folder, [stopwatch]).train()
@@ -297,70 +293,6 @@ class _Trainer(SentenceTransformerTrainer):
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Leave it out."""
-
-
-class _Watch(TrainerCallback):
-    """Progress, the log on disk, whole checkpoints, and a stop where the loss is lost."""
-
-    def __init__(self, advance: Callable[[int], None], log_path: Path, loss: DistillationLoss, folder: Path) -> None:
-        self.advance, self.log_path, self.loss, self.folder = advance, log_path, loss, folder
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.advance(state.global_step)
-        kept = self._checkpoint(state) / _LOSS_STATE
-        if kept.is_file():
-            self.loss.load_state_dict(load_file(kept), strict=False)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.loss.progress = state.global_step / state.max_steps
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.advance(1)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        last = {name: value for name, value in state.log_history[-1].items() if not name.startswith("dev_")}
-        lost = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
-        if lost:
-            raise _not_finite(state, ", ".join(lost))
-        if state.is_world_process_zero:
-            write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.loss.parameters()):
-            raise _not_finite(state, "weights")  # before further ones take the place of the last good checkpoint
-        if state.is_world_process_zero:
-            if own := self.loss.own_state():
-                save_file(own, self._checkpoint(state) / _LOSS_STATE)
-            write_text(self._checkpoint(state) / _COMPLETE, "")
-
-    def _checkpoint(self, state: TrainerState) -> Path:
-        return self.folder / f"checkpoint-{state.global_step}"
-
-
-def _not_finite(state: TrainerState, what: str) -> EmbedistillError:
-    do = "lower training.learning_rate, or set training.dtype=float32"
-    return EmbedistillError(f"training, step {state.global_step}", f"{what} not finite", do=do)
-
-
-class _Stopwatch(TrainerCallback):
-    """Times steps after the first two, and stops when it has seen enough."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
-        long = self.times[-1] - self.times[min(1, len(self.times) - 1)] > _CALIBRATION_SECONDS
-        if len(self.times) == _CALIBRATION_STEPS if world_size() > 1 else len(self.times) > 3 and long:
-            control.should_training_stop = True
-
-    @property
-    def seconds_per_step(self) -> float:
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
 
 
 def _agree(steps: int) -> int:
@@ -421,16 +353,3 @@ def _switch_dropout_off(student: SentenceTransformer) -> None:
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """Return the latest checkpoint that was written to its end, and remove those that were not."""
-    for path in _list_checkpoints(folder):
-        if not (path / _COMPLETE).is_file() and rank() == 0:
-            remove(path)
-    whole = [path for path in _list_checkpoints(folder) if (path / _COMPLETE).is_file()]
-    return whole[-1] if whole else None
-
-
-def _list_checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -1,0 +1,117 @@
+"""What accompanies a training: progress, the log, whole checkpoints, a stop where weights are lost, a stopwatch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from embedistill.errors import EmbedistillError
+from embedistill.files import remove, write_text
+from embedistill.ranks import rank, world_size
+from embedistill.training.objectives import DistillationLoss
+
+_COMPLETE = "complete"
+_LOSS_STATE = "loss.safetensors"
+_CALIBRATION_SECONDS = 10.0
+_CALIBRATION_STEPS = 20  # of several processes, which have to stop at the same step
+
+
+class Watch(TrainerCallback):
+    """Progress, the log on disk, whole checkpoints, and a stop where the loss is lost."""
+
+    def __init__(self, advance: Callable[[int], None], log_path: Path, loss: DistillationLoss, folder: Path) -> None:
+        self.advance, self.log_path, self.loss, self.folder = advance, log_path, loss, folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from a checkpoint with what the loss itself had learnt."""
+        self.advance(state.global_step)
+        kept = self._checkpoint(state) / _LOSS_STATE
+        if kept.is_file():
+            self.loss.load_state_dict(load_file(kept), strict=False)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the loss how far the training is."""
+        self.loss.progress = state.global_step / state.max_steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show that a step is done."""
+        self.advance(1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the log, unless it shows that something is not finite.
+
+        Raises:
+            EmbedistillError: It does.
+        """
+        last = {name: value for name, value in state.log_history[-1].items() if not name.startswith("dev_")}
+        lost = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
+        if lost:
+            raise _not_finite(state, ", ".join(lost))
+        if state.is_world_process_zero:
+            write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark a checkpoint as whole, unless its weights are not finite.
+
+        Raises:
+            EmbedistillError: They are not.
+        """
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.loss.parameters()):
+            raise _not_finite(state, "weights")  # before further ones take the place of the last good checkpoint
+        if state.is_world_process_zero:
+            if own := self.loss.own_state():
+                save_file(own, self._checkpoint(state) / _LOSS_STATE)
+            write_text(self._checkpoint(state) / _COMPLETE, "")
+
+    def _checkpoint(self, state: TrainerState) -> Path:
+        return self.folder / f"checkpoint-{state.global_step}"
+
+
+def _not_finite(state: TrainerState, what: str) -> EmbedistillError:
+    do = "lower training.learning_rate, or set training.dtype=float32"
+    return EmbedistillError(f"training, step {state.global_step}", f"{what} not finite", do=do)
+
+
+class Stopwatch(TrainerCallback):
+    """Times steps after the first two, and stops when it has seen enough."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the time."""
+        self.times.append(time.perf_counter())
+        long = self.times[-1] - self.times[min(1, len(self.times) - 1)] > _CALIBRATION_SECONDS
+        if len(self.times) == _CALIBRATION_STEPS if world_size() > 1 else len(self.times) > 3 and long:
+            control.should_training_stop = True
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean, without the first two."""
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2)
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint that was written to its end, and remove those that were not."""
+    for path in list_checkpoints(folder):
+        if not (path / _COMPLETE).is_file() and rank() == 0:
+            remove(path)
+    whole = [path for path in list_checkpoints(folder) if (path / _COMPLETE).is_file()]
+    return whole[-1] if whole else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, earliest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
