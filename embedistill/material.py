@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill.corpus.records import Record, Split, load_corpus
 from embedistill.encoding.cached import CachedTeacher
-from embedistill.encoding.targets import find_faults
+from embedistill.encoding.targets import Fault, find_faults
 from embedistill.errors import UsageError
 from embedistill.files import read_json
 from embedistill.progress import note
-from embedistill.recipe import Recipe
 from embedistill.student.head import Matrix
 from embedistill.teacher import Kind, find_prompt
 from embedistill.teaching import texts_by_kind
@@ -32,13 +32,18 @@ class Material:
     """What a run is taught on. It is read from the run's folder when it is first asked for.
 
     Args:
-        recipe: Of the run.
-        folder: Of the run, which has its corpus and, once the teacher has encoded it, the faults of its vectors.
+        folder: The run's, which has its corpus and, once the teacher has encoded it, the faults of its vectors.
         teacher: The cached teacher.
+        drop: Faults of vectors that keep their texts out of training.
+        n_watched: How many texts are kept out of training, at most a twentieth, to watch the student on.
+        seed: Of the draws.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, teacher: CachedTeacher) -> None:
-        self._recipe, self._folder, self._teacher = recipe, folder, teacher
+    def __init__(
+        self, folder: Path, teacher: CachedTeacher, *, drop: Sequence[Fault], n_watched: int, seed: int
+    ) -> None:
+        self._folder, self._teacher = folder, teacher
+        self._drop, self._n_watched, self._seed = list(drop), n_watched, seed
 
     @cached_property
     def corpus(self) -> dict[Split, list[Record]]:
@@ -69,9 +74,9 @@ class Material:
             for number, text in enumerate(texts)
             if number not in dropped[kind]
         ]
-        n_dev = min(self._recipe.training.dev_size, len(usable) // _DEV_SHARE)
+        n_dev = min(self._n_watched, len(usable) // _DEV_SHARE)
         n_dev = n_dev if n_dev >= _FEWEST_DEV else 0
-        dev = set(np.random.default_rng(self._recipe.seed).permutation(len(usable))[:n_dev].tolist())
+        dev = set(np.random.default_rng(self._seed).permutation(len(usable))[:n_dev].tolist())
         trained: dict[Kind, list[str]] = {kind: [] for kind in self.encoded}
         watched: dict[Kind, list[str]] = {kind: [] for kind in self.encoded}
         for number, (kind, text) in enumerate(usable):
@@ -87,19 +92,18 @@ class Material:
         counts: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
         dropped: dict[Kind, list[int]] = {}
-        rules = self._recipe.encoding.drop
         for kind, texts in self.encoded.items():
             faults = find_faults(self._teacher.cache(kind), texts)
             counts.update({fault: len(numbers) for fault, numbers in faults.items()})
             for fault, numbers in faults.items():
                 examples.setdefault(fault, []).extend(texts[number][:200] for number in numbers[:_EXAMPLES])
-            dropped[kind] = sorted({int(number) for fault in rules for number in faults[fault]})
+            dropped[kind] = sorted({int(number) for fault in self._drop for number in faults[fault]})
         kept = sum(len(texts) - len(dropped[kind]) for kind, texts in self.encoded.items())
         note(f"Targets: {kept:,} kept; " + ", ".join(f"{count:,} {fault}" for fault, count in counts.items()))
         if kept < 2:
             found = f"{kept} texts left to train on"
             raise UsageError("encoding.drop", found, "two at the very least", f"see {self._folder / TARGETS}")
-        return {"counts": counts, "examples": examples, "rules": rules, "dropped": dropped}
+        return {"counts": counts, "examples": examples, "rules": self._drop, "dropped": dropped}
 
     def sample(self, model: SentenceTransformer) -> tuple[list[str], Matrix]:
         """Return some training texts as a model sees them, in random order, and the teacher's vectors of them."""
@@ -109,5 +113,5 @@ class Material:
             some = texts[: math.ceil(share * len(texts))]
             inputs += [find_prompt(model, kind) + text for text in some]
             vectors.append(self._teacher.vectors(some, kind))
-        order = np.random.default_rng(self._recipe.seed).permutation(len(inputs))
+        order = np.random.default_rng(self._seed).permutation(len(inputs))
         return [inputs[number] for number in order], np.concatenate(vectors)[order]

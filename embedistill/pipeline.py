@@ -50,7 +50,7 @@ from embedistill.report.rendering import write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stage, Stages, check_space, hold_folder, list_versions
 from embedistill.student.head import Matrix, project
-from embedistill.student.saving import load_projection
+from embedistill.student.saving import SPACE, load_projection
 from embedistill.teacher import (
     Kind,
     LocatedModel,
@@ -147,7 +147,8 @@ class _Line:
         self.teacher = CachedTeacher(
             LocalEncoder(self.located, dtype), cache_dir / "embeddings", recipe.encoding.storage
         )
-        self.material = Material(recipe, folder, self.teacher)
+        drop, n_watched = recipe.encoding.drop, recipe.training.dev_size
+        self.material = Material(folder, self.teacher, drop=drop, n_watched=n_watched, seed=recipe.seed)
 
     def _locate(
         self, name: str, revision: str | None = None, prompts: Mapping[Kind, str] | None = None
@@ -264,13 +265,13 @@ class _Line:
         ranks.announce(self.announced, **task)
         self.announced += 1
         student = self.teach(**task)
-        layers = read_json(self.folder / name / "embedistill.json")["layers"]
+        layers = read_json(self.folder / name / SPACE)["layers"]
         self.construction.save(student, self.folder / trained, load_projection(self.folder / name), layers)
         remove(self.folder / "checkpoints")
 
     def teach(self, name: str, share: float, work: str, log: str, dtype: str) -> SentenceTransformer:
         """Train a model in all phases of the recipe; the processes of torchrun do this together."""
-        student, described = self._load(name), read_json(self.folder / name / "embedistill.json")
+        student, described = self._load(name), read_json(self.folder / name / SPACE)
         projection = load_projection(self.folder / name)
         for number, (on, part, section) in enumerate(self.recipe.training.phases):
             targets = self.teacher.open_targets(self.material.trained)

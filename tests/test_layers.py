@@ -64,7 +64,6 @@ def test_only_what_makes_a_run_knows_a_recipe() -> None:
         "outlook",
         "teaching",
         "examination",
-        "material",
         "construction",
         "pipeline",
         "cli",
