@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
 from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
-from embedistill.report.rendering import write_page
+from embedistill.report.rendering import PAGE, write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stage, Stages, check_space, hold_folder, list_versions
 from embedistill.student.head import Matrix, project
@@ -90,6 +90,9 @@ class Run:
     @cached_property
     def student(self) -> SentenceTransformer:
         """The student, a plain SentenceTransformer."""
+        if not (self.folder / "model").is_dir():
+            do = "embedistill run RECIPE goes on to it"
+            raise UsageError(str(self.folder), "no student yet", "a run whose training is done", do)
         return SentenceTransformer(str(self.folder / "model"), local_files_only=True)
 
 
@@ -106,11 +109,14 @@ def distill(
         recipe: From `load_recipe`.
         run_dir: Folder of the run; default: runs/<name>.
         cache_dir: Folder for models and teacher embeddings, shared by runs; default: `default_cache_dir()`.
-        until: Last stage to run; the same call without it goes on from there. Default: all of them.
+        until: Last stage to run: corpus, encode, student (an assistant's training among it) or training; the same call
+            without it goes on from there. Default: all there are.
 
     Raises:
         EmbedistillError: Something is wrong with the recipe's data, teacher or folder; it says what to do.
     """
+    if until not in {None, *get_args(Stage)}:
+        raise UsageError("until", repr(until), "corpus, encode, student or training", "leave it out for a whole run")
     folder = Path(run_dir or Path("runs") / recipe.name)
     cache = Path(cache_dir or default_cache_dir())
     if ranks.rank() > 0:
@@ -182,7 +188,7 @@ class _Line:
         judged = [asked.pop(name) for name in ("margin", "segment_margin", "resamples")]
         compared += [asked, describe_tasks(self.examination.names, self.examination.data)]
         scored = run("evaluation", self.evaluate, [trained, *compared], ["results"])
-        run("report", self.report, [scored, judged], [REPORT, "report.html"])
+        run("report", self.report, [scored, judged], [REPORT, PAGE])
         if recipe.search:
             run("index", self.index, [trained], [INDEX])
 
@@ -248,11 +254,14 @@ class _Line:
     def build(self) -> dict[str, Any]:
         source = self._load(TRAINED_ASSISTANT) if self.recipe.student.via else load(self.located)
         self.construction.forecast()
+        self._choose_dtype("student", self.recipe.training.dtype)
         return self.construction.build(source, self.construction.plan, self.material, self.folder / "untrained")
 
     def train(self) -> None:
         via = self.recipe.student.via
         self._train("untrained", "model", 1 - via.share if via else 1.0)
+        for made in ("results", REPORT, PAGE, INDEX):  # of a student that was here before
+            remove(self.folder / made)
 
     def _train(self, name: str, trained: str, share: float) -> None:
         """Train a model on the cache for a share of the time, and save it under another name."""

@@ -36,11 +36,13 @@ def main() -> None:
     name, *given = sys.argv[1:split]
     options = dict(zip(given[:6:2], given[1:6:2], strict=True))
     data, out, runs = (Path(options[option]) for option in ("--data", "--out", "--runs"))
-    common = given[6:]
+    watched = [f"evaluation.data={json.dumps(str(data))}", f"evaluation.tasks=[{', '.join(DEV)}]"]
+    common = [*given[6:], *watched]  # no text of the dev sets is trained on
     for folder in (out, runs):
         folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(runs / "base.lock"):
-        distill(load_recipe(name, *common, "name=base"), runs / "base", until="student")
+        if not (runs / "base" / "untrained").is_dir():
+            distill(load_recipe(name, *common, "name=base"), runs / "base", until="student")
     for variant in sys.argv[split + 1 :]:
         label, _, settings = variant.partition(":")
         changes = [one for one in settings.split(";") if one]

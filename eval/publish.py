@@ -6,7 +6,8 @@ r"""Published results: from what runs and evaluations left behind to eval/result
 
 `add` takes sizes from the run, what every model did on every item from the folder of results, and compares them anew,
 so that the means are of the same sets for every student. A model that is compared as it is, such as
-sentence-transformers/all-MiniLM-L6-v2, can stand in place of the run. `render` writes the page and the picture; a test
+sentence-transformers/all-MiniLM-L6-v2, can stand in place of the run; one that is `--judged` on something of its own
+has a table of its own. `render` writes the page and the picture; a test
 fails where the page is not what the figures say.
 """
 

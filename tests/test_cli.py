@@ -165,6 +165,7 @@ def test_a_run_from_the_command_line(
     code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1", "--until", "student")
     assert code == 0, err
     assert re.fullmatch(r"runs/tiny-\w+: student is done\n", out)
+    assert not list(tmp_path.glob("runs/*/model"))
 
     code, out, err = call(monkeypatch, capsys, "run", recipe_file, "training.epochs=1")
     assert code == 0, err

@@ -182,6 +182,28 @@ def test_a_run_may_end_behind_its_training(recipe_file: Path, tmp_path: Path, mo
     assert distill(recipe, tmp_path / "run").report.retention("agreement").value > 0
 
 
+def test_a_run_ends_behind_a_stage_that_there_is(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="until: 'train'; expected corpus, encode, student or training"):
+        distill(load_recipe(recipe_file), tmp_path / "run", until="train")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+    run = distill(load_recipe(recipe_file), tmp_path / "run", until="corpus")
+    assert (run.folder / "corpus.parquet").is_file()
+    with pytest.raises(UsageError, match="run: no student yet"):
+        _ = run.student
+
+
+def test_a_new_student_leaves_no_report_of_the_one_before(recipe_file: Path, corpus_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, "training.epochs=0.1", "evaluation.tasks=[agreement]")
+    first = distill(recipe, tmp_path / "run").report
+    assert first.comparisons
+    rows = corpus_file.read_text().splitlines()
+    corpus_file.with_name("fewer.jsonl").write_text("\n".join(rows[:-10]) + "\n")
+    shutil.copy(corpus_file.with_name("fewer.jsonl"), corpus_file)
+    run = distill(recipe, tmp_path / "run", until="training")
+    assert not {"results", "report.json", "report.html", "index"} & {path.name for path in run.folder.iterdir()}
+    assert distill(recipe, tmp_path / "run").report.comparisons
+
+
 def test_a_finished_run_is_evaluated_anew_where_only_that_changed(
     recipe_file: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,17 @@ def test_the_recipes_say_what_was_published(publish: SimpleNamespace) -> None:
     assert len(students) == 5
 
 
+def test_a_student_that_is_judged_on_something_else_has_a_table_of_its_own(publish: SimpleNamespace) -> None:
+    students = [one for one in publish.load_students() if not one.get("judged")]
+    other = {**students[-1], "name": "tower", "judged": "its queries", "comparisons": students[0]["comparisons"][:1]}
+    page = publish.render([*students, other])
+    row = students[0]["comparisons"][0]
+    (line,) = [line for line in page.splitlines() if line.startswith("| tower |")]
+    assert f"| its queries | {row['task']} | {100 * row['values']['teacher']:.2f} |" in line
+    assert page.count("tower") == 2  # there, and among the commands
+    assert publish.summarise([*students, other]) == publish.summarise(students)
+
+
 def test_means_are_of_the_published_sets_alone(publish: SimpleNamespace, tmp_path: Path) -> None:
     cosines = {"teacher": [0.1, 0.2, 0.3, 0.4], "student": [0.1, 0.2, 0.4, 0.3]}
     values = {"teacher": 1.0, "student": 0.8}  # 1 - 6 (0 + 0 + 1 + 1) / (4 x 15)

@@ -17,7 +17,7 @@ from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
-from embedistill.training import loop
+from embedistill.training import callbacks
 from embedistill.training.batches import (
     Batching,
     BudgetSampler,
@@ -553,7 +553,7 @@ def test_a_lost_loss_stops_the_run_and_says_why(setting: SimpleNamespace, tmp_pa
 def test_minutes_bound_the_steps_and_leave_the_student_as_it_was(
     setting: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_CALIBRATION_SECONDS", 0.1)
+    monkeypatch.setattr(callbacks, "_CALIBRATION_SECONDS", 0.1)
     schedule = Schedule(**{**SCHEDULE.__dict__, "epochs": 1000, "minutes": 0.01})
     student = setting.make_student()
     before = {name: value.clone() for name, value in student.state_dict().items()}

@@ -279,7 +279,9 @@ def _exit(report: Report) -> None:
 
 
 def _print_next_steps(recipe: Recipe, folder: Path) -> None:
-    page = (folder / "report.html").absolute().as_uri()
+    from embedistill.report.rendering import PAGE
+
+    page = (folder / PAGE).absolute().as_uri()
     if recipe.search is None:
         typer.echo(f"Model: {folder / 'model'}\nReport: {page}")
         return

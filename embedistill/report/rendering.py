@@ -30,6 +30,8 @@ from embedistill.report.wording import (
     list_roles,
 )
 
+PAGE = "report.html"
+
 
 def to_table(report: Report) -> Table:
     """Return the report as one table: a row a figure, a column a model, and one of what each judged model keeps.
@@ -135,8 +137,8 @@ def write_page(report: Report, folder: Path) -> Path:
     )
     environment.filters["tie"] = _tie
     page = environment.get_template("page.html").render(name=report.name, sections=list_sections(report, around))
-    write_text(folder / "report.html", page.lstrip())
-    return folder / "report.html"
+    write_text(folder / PAGE, page.lstrip())
+    return folder / PAGE
 
 
 def _tie(text: str) -> str:
