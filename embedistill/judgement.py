@@ -22,7 +22,7 @@ from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.loading import list_tasks, load_tasks
 from embedistill.evaluation.retrieval import IndexKind
-from embedistill.evaluation.scoring import ALONE, TEACHER, Encoder, Result, load_results, save_results
+from embedistill.evaluation.scoring import TEACHER, Encoder, Result, load_results, save_results
 from embedistill.evaluation.segments import (
     MISSPELT,
     Measure,
@@ -97,7 +97,7 @@ def evaluate(
         index: The FAISS index of retrieval tasks: flat, hnsw or ivfpq.
         misspelt: Score teacher and student also on the tasks with typing errors.
         documents: Who encodes the documents of retrieval tasks: the student, or, where an index stays as the teacher
-            built it, the teacher; judged are then the student's queries on these.
+            built it, the teacher; the student and its floors then search these with their own queries.
         floors: Score beside the student of a run what it has to be better than: itself untrained and the mean of the
             teacher's word vectors with a solved head; and the teacher at the student's dimension.
         out: Folder for the values of every item, report.json and report.html.
@@ -154,7 +154,7 @@ def evaluate(
         measures=choose_measures(compared, local and local.model, texts),
         margin=None if teacher is None else _choose_margin(margin),
         segment_margin=segment_margin,
-        models=measure_candidates(candidates, choose_texts(loaded)),
+        models=measure_candidates(candidates, choose_texts(loaded, documents)),
         contamination=find_contamination(loaded, texts),
     )
     if out:
@@ -278,7 +278,7 @@ def compare(
         task
         for task, teacher in teachers.items()
         if all(_same_items(teacher, found.get((task, TEACHER))) for found in results)
-        and len({(task, f"{STUDENT} {ALONE}") in found for found in results}) == 1  # whose documents they search
+        and len({found[task, STUDENT].details.get("documents") for found in results}) == 1  # whose they search
     ]
     if not shared:
         do = "compare runs of one teacher that were evaluated on the same tasks"

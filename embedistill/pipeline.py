@@ -326,9 +326,10 @@ class _Line:
         )
         save_results(results, self.folder / "results")
         models = {one.role: one.model for one in candidates if one.model}
-        trained = (text for texts in self.material.encoded.values() for text in texts)
+        trained = (text for some in self.material.encoded.values() for text in some)
+        texts = choose_texts(tasks, section.documents)
         return {
-            "models": [asdict(facts) for facts in measure_candidates(candidates, choose_texts(tasks))],
+            "models": [asdict(facts) for facts in measure_candidates(candidates, texts)],
             "order": [[result.task, result.role] for result in results],
             "skipped": sorted(set(section.tasks) - set(named)),
             "planned": self.construction.compare_forecast(models),

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import faiss
@@ -24,7 +24,7 @@ from embedistill.evaluation.metrics import (
 )
 from embedistill.evaluation.probes import agree, classify, cluster, compare_similarities
 from embedistill.evaluation.retrieval import make_index, search_exactly, search_index
-from embedistill.evaluation.scoring import Result, score_model
+from embedistill.evaluation.scoring import Encoder, Result, score_model
 from embedistill.evaluation.tasks import (
     AgreementTask,
     ClassificationTask,
@@ -34,7 +34,9 @@ from embedistill.evaluation.tasks import (
     StsTask,
     make_known_item_task,
 )
+from embedistill.evaluation.trial import choose_texts
 from embedistill.report.document import Report
+from embedistill.teacher import Kind
 
 RNG = np.random.default_rng(0)
 
@@ -299,6 +301,14 @@ def test_a_model_is_scored_on_every_task_and_encodes_each_text_of_a_kind_once() 
     assert clustering.metrics == {"v_measure": pytest.approx(1.0)}
 
 
+def queries_alone(encode: Encoder) -> Encoder:
+    def refusing(texts: Sequence[str], kind: Kind) -> np.ndarray:
+        assert kind == "query", "documents are the teacher's"
+        return encode(texts, kind)
+
+    return refusing
+
+
 def test_students_queries_find_what_the_teachers_documents_say() -> None:
     """The student turns queries by 90 degrees and documents not at all: each side is judged by its own fault."""
     documents, queries = ["0", "40", "90", "130"], ["2", "88"]
@@ -318,8 +328,25 @@ def test_students_queries_find_what_the_teachers_documents_say() -> None:
     )
     assert plain.items["recall@1"] == of_queries.items["recall@1"] == [0.0, 0.0]
     assert of_documents.items["recall@1"] == [1.0, 1.0]
+    borrowing = {"teacher": fake_encode, "teacher_space": lambda same: same, "borrows": True}
+    (borrowed,) = score_model([task], queries_alone(student), role="student", model="m", **borrowing)
+    assert (borrowed.role, borrowed.details["documents"]) == ("student", "teacher")
+    assert borrowed.items == of_queries.items
     (teacher,) = score_model([task], fake_encode, role="teacher", model="t", teacher=fake_encode)
     assert teacher.details["nearest"] == pytest.approx([np.cos(np.radians(2))] * 2)
+
+
+def test_speed_is_measured_on_what_the_student_encodes_and_on_fewer_texts_where_they_are_long() -> None:
+    queries, documents = [f"query {n}" for n in range(100)], [f"{n} " + 1_000 * "x" for n in range(100)]
+    tasks = [RetrievalTask("R", queries, documents, [{n: 1.0} for n in range(100)])]
+    (chosen, again), of_queries = (choose_texts(tasks) for _ in range(2)), choose_texts(tasks, "teacher")
+    assert chosen == again
+    assert set(chosen) < {*queries, *documents}
+    assert 20 <= len(chosen) < 64
+    assert sum(map(len, chosen)) <= 20_000
+    assert (len(of_queries), set(of_queries) - set(queries)) == (64, set())
+    long = AgreementTask("A", [text + 5_000 * "x" for text in documents])
+    assert len(choose_texts([long])) == 16
 
 
 def test_exact_search_is_numpys() -> None:

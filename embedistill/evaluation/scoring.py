@@ -38,8 +38,6 @@ SCHEMA_VERSION = 2
 TEACHER = "teacher"
 QUERIES, DOCUMENTS = "queries", "documents"
 """Behind a role: its queries on the teacher's documents, or the teacher's queries on its documents."""
-ALONE = "alone"
-"""Behind a role that is judged by its queries on the teacher's documents: both are its own."""
 
 Encoder = Callable[[Sequence[str], Kind], Embeddings]
 """From texts of a kind to unit vectors (n_texts, dim)."""
@@ -50,7 +48,7 @@ class Result:
     """What one model did on one task: the metrics, and one value an item to believe them by.
 
     `task_sha256` is that of the task's texts and judgements: results with the same one are of the same items. `details`
-    are figures without items: the costs of an index, the distribution of similarities.
+    are figures without items: the costs of an index, whose documents are in it, the distribution of similarities.
     """
 
     task: str
@@ -73,6 +71,7 @@ def score_model(
     teacher: Encoder | None = None,
     teacher_space: Callable[[Embeddings], Embeddings] | None = None,
     asymmetric: bool = False,
+    borrows: bool = False,
     index: IndexKind = "flat",
     versions: dict[str, str] | None = None,
 ) -> list[Result]:
@@ -86,10 +85,13 @@ def score_model(
         teacher: The teacher; agreement tasks need it, and retrieval is compared with its rankings.
         teacher_space: Maps the teacher's vectors into the model's space; with it the cosine to the teacher is taken.
         asymmetric: Give retrieval two more results: of the role's queries on the teacher's documents, and the reverse.
+        borrows: Have it search the teacher's documents with its queries, and encode no documents; needs a teacher and
+            its space.
         index: The FAISS index that is searched; the teacher's ranking for comparison is always exact.
         versions: Of the software, for the record.
     """
-    scoring = _Scoring(_encode_once(tasks, encode), teacher, teacher_space, index, asymmetric)
+    lookup = _encode_once(tasks, encode, documents=not borrows)
+    scoring = _Scoring(lookup, teacher, teacher_space, index, asymmetric, borrows)
     results = []
     for task in tasks:
         sha256 = fingerprint_task(task)
@@ -110,6 +112,7 @@ class _Scoring:
     teacher_space: Callable[[Embeddings], Embeddings] | None
     index: IndexKind
     asymmetric: bool
+    borrows: bool
 
     def score(self, task: Task) -> Mapping[str, _Scored]:
         """Return what comes behind the role's name, "" for the model alone, with what was found."""
@@ -141,15 +144,20 @@ class _Scoring:
         return [float(value) for value in np.mean(found, axis=0)]
 
     def _search(self, task: RetrievalTask) -> Mapping[str, _Scored]:
-        queries, documents = self.lookup(task.queries, "query"), self.lookup(task.documents, "document")
-        sides = {"": (documents, queries)}
-        reference = None
+        queries = self.lookup(task.queries, "query")
+        reference = mapped = None
         if self.teacher:
             theirs = self.teacher(task.documents, "document"), self.teacher(task.queries, "query")
             reference = search_exactly(*theirs, NEIGHBOURS)
-            if self.teacher_space and self.asymmetric:
-                mapped = [self.teacher_space(vectors) for vectors in theirs]
+            mapped = [self.teacher_space(vectors) for vectors in theirs] if self.teacher_space else None
+        if self.borrows and mapped:
+            sides = {"": (mapped[0], queries)}
+        else:
+            documents = self.lookup(task.documents, "document")
+            sides = {"": (documents, queries)}
+            if self.asymmetric and mapped:
                 sides |= {QUERIES: (mapped[0], queries), DOCUMENTS: (documents, mapped[1])}
+        borrowed = {"documents": TEACHER} if self.borrows else {}
         found: dict[str, _Scored] = {}
         for part, (searched, asked) in sides.items():
             ranking, costs = search_index(searched, asked, RETRIEVED, self.index)
@@ -157,15 +165,17 @@ class _Scoring:
             if reference is not None:
                 items[f"overlap@{NEIGHBOURS}"] = neighbour_overlap(ranking[:, :NEIGHBOURS], reference)
             nearest = cosines(asked, searched[ranking[:, 0]])
-            found[part] = items, {"index": asdict(costs), "nearest": nearest}
+            found[part] = items, {"index": asdict(costs), "nearest": nearest, **borrowed}
         return found
 
 
-def _encode_once(tasks: Sequence[Task], encode: Encoder) -> Encoder:
-    """Encode the distinct texts of all tasks, and return what looks their vectors up."""
+def _encode_once(tasks: Sequence[Task], encode: Encoder, *, documents: bool) -> Encoder:
+    """Encode the distinct texts of all tasks, those of retrieval with their documents or without; look them up."""
     rows: dict[Kind, dict[str, int]] = {}
     for task in tasks:
         for kind, some in list_texts(task).items():
+            if isinstance(task, RetrievalTask) and kind == "document" and not documents:
+                continue
             of_kind = rows.setdefault(kind, {})
             for text in some:
                 of_kind.setdefault(text, len(of_kind))

@@ -20,9 +20,9 @@ from embedistill.evaluation.comparison import choose_metric
 from embedistill.evaluation.costs import ModelFacts, Start, describe_model, measure_speed, measure_start
 from embedistill.evaluation.metrics import AVERAGE_PRECISION, SPEARMAN, Values
 from embedistill.evaluation.retrieval import Embeddings, IndexKind
-from embedistill.evaluation.scoring import ALONE, QUERIES, TEACHER, Encoder, Result, score_model
+from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
-from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, Task, list_items, list_texts
+from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, RetrievalTask, Task, list_items, list_texts
 from embedistill.progress import note
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.student.saving import load_projection
@@ -34,7 +34,7 @@ WORDS, PCA = "word vectors", "teacher's PCA"
 FIT_TEXTS = 5_000
 """What the head of the word vectors is solved on."""
 _RIDGE = 1e-2
-_SPEED_TEXTS = 64
+_SPEED_TEXTS, _FEWEST_SPEED_TEXTS, _SPEED_CHARACTERS = 64, 16, 20_000
 _SHOWN, _OF_A_TASK = 10, 3
 
 
@@ -110,7 +110,7 @@ def score_all(
 ) -> list[Result]:
     """Score every candidate on every task; with `misspelt` teacher and student on the tasks with typing errors too.
 
-    Where the documents are the teacher's, the student of retrieval tasks is its queries on these.
+    Where the documents are the teacher's, all that have a place in its space search these with queries of their own.
 
     Raises:
         UsageError: Two tasks have one name, or a student with no place in the teacher's space shall search there.
@@ -134,20 +134,11 @@ def score_all(
             teacher=teacher,
             teacher_space=one.space,
             asymmetric=one.role == STUDENT,
+            borrows=documents == TEACHER and one.space is not None,
             index=index,
             versions=versions,
         )
-    return _judge_queries(results) if documents == TEACHER else results
-
-
-def _judge_queries(results: Sequence[Result]) -> list[Result]:
-    """Return results whose student is its queries on the teacher's documents, where there are such."""
-    names = {f"{STUDENT} {QUERIES}": STUDENT, STUDENT: f"{STUDENT} {ALONE}"}
-    searched = {result.task for result in results if result.role == f"{STUDENT} {QUERIES}"}
-    return [
-        replace(result, role=names.get(result.role, result.role)) if result.task in searched else result
-        for result in results
-    ]
+    return results
 
 
 def measure_candidates(candidates: Sequence[Candidate], texts: Sequence[str]) -> list[ModelFacts]:
@@ -169,11 +160,22 @@ def _try_start(folder: Path, texts: Sequence[str]) -> Start | None:
         return None
 
 
-def choose_texts(tasks: Sequence[Task]) -> list[str]:
-    """Return some of the texts of tasks to measure speed on, the same every time."""
-    texts = sorted({text for task in tasks for some in list_texts(task).values() for text in some})
+def choose_texts(tasks: Sequence[Task], documents: Role = "student") -> list[str]:
+    """Return some of the texts of tasks to measure speed on, the same every time: fewer where they are long.
+
+    Documents of retrieval tasks are among them where the student encodes such.
+    """
+    encoded: set[str] = set()
+    for task in tasks:
+        some = list_texts(task)
+        if documents == TEACHER and isinstance(task, RetrievalTask):
+            del some["document"]
+        encoded |= {text for of_kind in some.values() for text in of_kind}
+    texts = sorted(encoded)
     order = np.random.default_rng(0).permutation(len(texts))
-    return [texts[number] for number in order[:_SPEED_TEXTS]]
+    chosen = [texts[number] for number in order[:_SPEED_TEXTS]]
+    n_within = int((np.cumsum([len(text) for text in chosen]) <= _SPEED_CHARACTERS).sum())
+    return chosen[: max(n_within, _FEWEST_SPEED_TEXTS)]
 
 
 def find_contamination(tasks: Sequence[Task], trained: Iterable[str]) -> dict[str, int]:

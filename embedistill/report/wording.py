@@ -9,7 +9,7 @@ from statistics import fmean
 
 from embedistill.evaluation.comparison import MAIN, Comparison, Retention
 from embedistill.evaluation.costs import ModelFacts
-from embedistill.evaluation.scoring import ALONE, DOCUMENTS, QUERIES, TEACHER
+from embedistill.evaluation.scoring import DOCUMENTS, QUERIES, TEACHER
 from embedistill.evaluation.segments import Segment
 from embedistill.report.document import Report
 
@@ -148,11 +148,15 @@ def name_segment(segment: Segment, roles: Roles) -> str:
 
 
 def explain_documents(report: Report) -> Iterator[str]:
-    """Yield that a student searches its teacher's documents, where it is judged by that."""
-    roles = list_roles(report)
-    for role in roles.judged:
-        if f"{role} {ALONE}" in roles.names:
-            yield f"In retrieval, {role} is its queries on the teacher's documents; {role} {ALONE} has its own."
+    """Yield which models searched the teacher's documents, where such were asked for."""
+    borrowing = {
+        role: None
+        for by_role in report.details.values()
+        for role, details in by_role.items()
+        if role != TEACHER and details.get("documents") == TEACHER
+    }
+    if borrowing:
+        yield f"In retrieval, the documents are the teacher's, and the queries alone those of {_join([*borrowing])}."
 
 
 def explain_verdict(report: Report) -> list[str]:
