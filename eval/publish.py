@@ -77,7 +77,8 @@ and at .846 on others, and its head solved again does not help. No such run is i
 - The texts are under many licences, some for research only: the corpus is not published. The recipes name public
   datasets in its place; students trained on those are not in these tables.
 - Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m,
-  mpnet-384 and mpnet-3l were planned for 60, of mpnet-6l for 30; other work beside them, and stops, took the rest.
+  mpnet-384 and mpnet-3l were planned for 60, of mpnet-6l for 30, of asymmetric-query-tower for 20; other work beside
+  them, and stops, took the rest.
 """
 
 
@@ -157,7 +158,8 @@ def compare(folder: Path, role: str = "student") -> list[Comparison]:
 
 
 def _keep_main(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name in MAIN}
+    """Return the main metric; of a task that has none, such as agreement, the first."""
+    return {name: value for name, value in metrics.items() if name in MAIN} or dict([next(iter(metrics.items()))])
 
 
 def load_students() -> list[dict[str, Any]]:
@@ -240,7 +242,7 @@ def _apart(students: list[dict[str, Any]]) -> str:
         about = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", _count(one, "texts"), _minutes(one)]
         about.append(one["judged"])
         for row in one["comparisons"]:
-            cells = [*about, row["task"], _value(row, "teacher"), _value(row, "student"), _interval(row)]
+            cells = [*about, f"{row['task']} {row['metric']}", _value(row, "teacher"), _value(row, "student"), _interval(row)]
             lines.append(f"| {' | '.join(cells)} |")
             about = [""] * len(about)
     return "\n".join(lines) + "\n"

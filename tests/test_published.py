@@ -41,12 +41,12 @@ def test_the_recipes_say_what_was_published(publish: SimpleNamespace) -> None:
 
 def test_a_student_that_is_judged_on_something_else_has_a_table_of_its_own(publish: SimpleNamespace) -> None:
     students = [one for one in publish.load_students() if not one.get("judged")]
-    other = {**students[-1], "name": "tower", "judged": "its queries", "comparisons": students[0]["comparisons"][:1]}
+    other = {**students[-1], "name": "made-up", "judged": "its queries", "comparisons": students[0]["comparisons"][:1]}
     page = publish.render([*students, other])
     row = students[0]["comparisons"][0]
-    (line,) = [line for line in page.splitlines() if line.startswith("| tower |")]
-    assert f"| its queries | {row['task']} | {100 * row['values']['teacher']:.2f} |" in line
-    assert page.count("tower") == 2  # there, and among the commands
+    (line,) = [line for line in page.splitlines() if line.startswith("| made-up |")]
+    assert f"| its queries | {row['task']} {row['metric']} | {100 * row['values']['teacher']:.2f} |" in line
+    assert page.count("made-up") == 2  # there, and among the commands
     assert publish.summarise([*students, other]) == publish.summarise(students)
 
 
