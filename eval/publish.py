@@ -7,8 +7,8 @@ r"""Published results: from what runs and evaluations left behind to eval/result
 `add` takes sizes from the run, what every model did on every item from the folder of results, and compares them anew,
 so that the means are of the same sets for every student. A model that is compared as it is, such as
 sentence-transformers/all-MiniLM-L6-v2, can stand in place of the run; one that is `--judged` on something of its own
-has a table of its own. `render` writes the page and the picture; a test
-fails where the page is not what the figures say.
+has a table of its own. `render` writes the page and the picture; a test fails where the page is not what the figures
+say.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ MEANS = {"STS mean": STS, "retrieval mean": RETRIEVAL}
 HEAD = """# Results
 
 Made by `python eval/publish.py render` from `results/students/*.json`: do not edit. Students of all-mpnet-base-v2
-(109.5 M parameters) on English texts of one mix, trained on two CPU cores; MiniLM and model2vec as they are. Test sets
-were scored once, when all choices had been made on STSBenchmark.dev, TIME, CISI and texts kept out. Figures are the
-main metric of each task x 100 (Spearman, nDCG@10, accuracy, average precision, V-measure); what is kept of the teacher
-has a 95 % interval by paired bootstrap. What was tried on the way, and what failed: `LOG.md`.
+(109.5 M parameters) on English texts of one mix, those of the last table on corpora of their own, trained on two CPU
+cores; MiniLM and model2vec as they are. Test sets were scored once, when all choices had been made on STSBenchmark.dev,
+TIME, CISI and texts kept out. Figures are the main metric of each task x 100 (Spearman, nDCG@10, accuracy, average
+precision, V-measure); what is kept of the teacher has a 95 % interval by paired bootstrap. What was tried on the way,
+and what failed: `LOG.md`.
 """
 CAVEATS = """
 ## Why retrieval falls short of its aims
