@@ -243,7 +243,8 @@ def _apart(students: list[dict[str, Any]]) -> str:
         about = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", _count(one, "texts"), _minutes(one)]
         about.append(one["judged"])
         for row in one["comparisons"]:
-            cells = [*about, f"{row['task']} {row['metric']}", _value(row, "teacher"), _value(row, "student"), _interval(row)]
+            values = [_value(row, role) for role in ("teacher", "student")]
+            cells = [*about, f"{row['task']} {row['metric']}", *values, _interval(row)]
             lines.append(f"| {' | '.join(cells)} |")
             about = [""] * len(about)
     return "\n".join(lines) + "\n"
