@@ -214,7 +214,6 @@ def make_schedule(section: TrainingSection, share: float, seed: int, dtype: torc
         steps=max(1, round(share * section.steps)) if section.steps else None,
         dev_steps=section.dev_steps,
         max_grad_norm=section.max_grad_norm,
-        average=section.average,
         report_to=tuple(section.report_to),
     )
 

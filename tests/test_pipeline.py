@@ -570,7 +570,7 @@ def test_all_that_a_training_offers_works_together(
         "corpus.near_duplicates=drop",
         "corpus.drop_damaged=true",
         "corpus.select={size: 150, by: diversity}",
-        "training={epochs: 9, steps: 6, batch_size: 32, batch_tokens: 400, checkpoint_steps: 2, average: 2}",
+        "training={epochs: 9, steps: 6, batch_size: 32, batch_tokens: 400, checkpoint_steps: 2}",
         "training.dtype=float32",
         "training.objectives={embedding: 1, layers: 0.1, attention: 0.1}",
         "training.objectives.ranking={start: 0, end: 1, schedule: linear}",
@@ -610,7 +610,7 @@ def test_all_that_a_training_offers_works_together(
             r"expected objectives\.contrastive or objectives\.pairs, for temperature: learned",
         ),
         ("training.relation_heads=4", r"expected objectives\.attention, without which relation_heads does nothing"),
-        ("training={dev_size: 0, average: 3}", r"expected dev_size above 0, without which average does nothing"),
+        ("training={dev_size: 0, dev_steps: 3}", r"expected dev_size above 0, without which dev_steps does nothing"),
         (
             "training.then={on: queries}",
             r"training\.then\.on: queries: no text has a query; expected corpus\.query_col",

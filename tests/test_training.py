@@ -724,15 +724,3 @@ def test_halved_batches_give_what_whole_ones_do(setting: SimpleNamespace, tmp_pa
         students.append(run(setting, tmp_path / folder, student=student, loss=loss))
     first, second = (student.encode(setting.texts) for student in students)
     np.testing.assert_allclose(first, second, atol=1e-4)
-
-
-def test_the_mean_of_checkpoints_is_kept_where_it_is_better(
-    setting: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=[0.5, 0.6, 0.7, 0.7, 0.8])
-    schedule = replace(SCHEDULE, dev_steps=10, average=2)
-    student = run(setting, tmp_path, schedule=schedule, dev=dev)
-    assert "Kept: the mean weights of 2 checkpoints" in capsys.readouterr().err
-    for name, value in student.state_dict().items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value, (dev.seen[2][name] + dev.seen[3][name]) / 2)

@@ -130,9 +130,6 @@ class TrainingSection(Section):
     )
     relation_heads: Count = Field(12, description="Heads of the attention term; must divide both widths.")
     checkpoint_steps: Count = Field(100, description="Steps between checkpoints: what a kill can cost.")
-    average: Annotated[int, Field(ge=0)] = Field(
-        0, description="Try the mean of the weights of so many last checkpoints, and keep it where it is better."
-    )
     dev_size: Annotated[int, Field(ge=0)] = Field(
         256,
         description="Texts kept out of training, a twentieth at most, to watch the student on: its best weights are "
@@ -164,7 +161,7 @@ class TrainingSection(Section):
         needs = {
             "layer_pairs": (bool(terms & LIVE), "objectives.layers or objectives.attention"),
             "relation_heads": ("attention" in terms, "objectives.attention"),
-            **dict.fromkeys(("average", "dev_steps", "dev_task"), (self.dev_size > 0, "dev_size above 0")),
+            **dict.fromkeys(("dev_steps", "dev_task"), (self.dev_size > 0, "dev_size above 0")),
         }
         for name, (is_there, what) in needs.items():
             default = type(self).model_fields[name].get_default(call_default_factory=True)

@@ -105,13 +105,12 @@ class Stopwatch(TrainerCallback):
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """Return the latest checkpoint that was written to its end, and remove those that were not."""
-    for path in list_checkpoints(folder):
+    for path in _list_checkpoints(folder):
         if not (path / _COMPLETE).is_file() and rank() == 0:
             remove(path)
-    whole = [path for path in list_checkpoints(folder) if (path / _COMPLETE).is_file()]
+    whole = [path for path in _list_checkpoints(folder) if (path / _COMPLETE).is_file()]
     return whole[-1] if whole else None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, earliest first."""
+def _list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

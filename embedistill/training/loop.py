@@ -28,7 +28,7 @@ from embedistill.files import read_json, remove, write_json, written_aside
 from embedistill.progress import note, progress_bar
 from embedistill.ranks import rank, world_size
 from embedistill.training.batches import Batching, BudgetSampler, Rows, TargetCollator, Targets, count_tokens
-from embedistill.training.callbacks import Stopwatch, Watch, last_whole_checkpoint, list_checkpoints
+from embedistill.training.callbacks import Stopwatch, Watch, last_whole_checkpoint
 from embedistill.training.objectives import DistillationLoss
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
@@ -54,7 +54,6 @@ class Schedule:
     steps: int | None = None
     dev_steps: int | None = None
     max_grad_norm: float = 1.0
-    average: int = 0
     report_to: tuple[str, ...] = ()
 
 
@@ -250,10 +249,8 @@ class _Training:
             torch.cuda.empty_cache()
 
     def finish(self) -> SentenceTransformer:
-        """Give the student, in every process, the weights that did best, of those kept and their average."""
+        """Give the student, in every process, the weights that did best."""
         if self.best:
-            if self.schedule.average:
-                self.best.try_mean(list_checkpoints(self.work_dir)[-self.schedule.average :])
             self.best.restore()
         if world_size() > 1 and torch.distributed.is_initialized():
             for value in self.student.state_dict().values():
@@ -337,7 +334,7 @@ def _arguments(schedule: Schedule, steps: int, folder: Path, **batches: Any) -> 
         use_cpu=not cuda,
         seed=schedule.seed,
         save_steps=schedule.checkpoint_steps,
-        save_total_limit=max(2, schedule.average),
+        save_total_limit=2,
         logging_steps=max(1, min(20, steps // 20)),
         logging_nan_inf_filter=False,
         report_to=list(schedule.report_to) or "none",

@@ -156,17 +156,17 @@ class KeepBest(TrainerCallback):
         best = read_json(self._described) if self._described.is_file() else None
         only_start = best and best["step"] == 0 and not self.from_the_start
         if best is None or only_start or score > best["score"]:
-            self._keep(score, step=state.global_step)
+            self._keep(score, state.global_step)
         self._stop_if_lost(reading, state)
 
     def _look(self) -> Reading:
         with torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
             return self.dev.read(self.student)
 
-    def _keep(self, score: float, **described: int) -> None:
+    def _keep(self, score: float, step: int) -> None:
         with written_aside(self._weights) as path:
             save_model(self.student, str(path))
-        write_json(self._described, {"score": score, **described})
+        write_json(self._described, {"score": score, "step": step})
 
     def _stop_if_lost(self, reading: Reading, state: TrainerState) -> None:
         first = next(entry for entry in state.log_history if "dev_cosine" in entry)
@@ -178,29 +178,10 @@ class KeepBest(TrainerCallback):
             do = f"lower training.learning_rate; the weights of step {best['step']}, the best, are in {self._weights}"
             raise EmbedistillError(where, f"the student {fault}", do=do)
 
-    def try_mean(self, checkpoints: Sequence[Path]) -> None:
-        """Keep the mean of the weights of checkpoints, where it does better than the best step."""
-        total: dict[str, torch.Tensor] = {}
-        for path in checkpoints:
-            for name, value in SentenceTransformer(str(path), device="cpu", local_files_only=True).state_dict().items():
-                total[name] = total[name] + value if name in total else value
-        mean = {name: value / len(checkpoints) if value.is_floating_point() else value for name, value in total.items()}
-        self.student.load_state_dict(mean)
-        score, best = getattr(self._look(), self.criterion), read_json(self._described)
-        compared = f"{self.criterion} {score:.4f}, where {best['score']:.4f} was best"
-        note(f"Mean weights of {len(checkpoints)} checkpoints: {compared}")
-        if score > best["score"]:
-            self._keep(score, step=best["step"], checkpoints=len(checkpoints))
-
     def restore(self) -> None:
         """Give the student its best weights back."""
         best = read_json(self._described)
         load_model(self.student, str(self._weights))
-        which = (
-            f"mean weights of {best['checkpoints']} checkpoints"
-            if "checkpoints" in best
-            else f"weights of step {best['step']:,}"
-        )
-        note(f"Kept: the {which}, {self.criterion} {best['score']:.4f} on texts kept out")
+        note(f"Kept: the weights of step {best['step']:,}, {self.criterion} {best['score']:.4f} on texts kept out")
         if best["step"] == 0:
             note("No step was better than the untrained student: lower training.learning_rate, or train for longer")
