@@ -193,12 +193,11 @@ def test_a_run_ends_behind_a_stage_that_there_is(recipe_file: Path, tmp_path: Pa
 
 
 def test_a_new_student_leaves_no_report_of_the_one_before(recipe_file: Path, corpus_file: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_file, "training.epochs=0.1", "evaluation.tasks=[agreement]")
-    first = distill(recipe, tmp_path / "run").report
-    assert first.comparisons
-    rows = corpus_file.read_text().splitlines()
-    corpus_file.with_name("fewer.jsonl").write_text("\n".join(rows[:-10]) + "\n")
-    shutil.copy(corpus_file.with_name("fewer.jsonl"), corpus_file)
+    own, rows = tmp_path / "own.jsonl", corpus_file.read_text().splitlines()
+    own.write_text("\n".join(rows) + "\n")
+    recipe = load_recipe(recipe_file, f"corpus.source={own}", "training.epochs=0.1", "evaluation.tasks=[agreement]")
+    assert distill(recipe, tmp_path / "run").report.comparisons
+    own.write_text("\n".join(rows[:-10]) + "\n")
     run = distill(recipe, tmp_path / "run", until="training")
     assert not {"results", "report.json", "report.html", "index"} & {path.name for path in run.folder.iterdir()}
     assert distill(recipe, tmp_path / "run").report.comparisons
