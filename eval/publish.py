@@ -79,9 +79,9 @@ and at .846 on others, and its head solved again does not help. No such run is i
   is left, which no interval here has in it.
 - The texts are under many licences, some for research only: the corpus is not published. The recipes name public
   datasets in its place; students trained on those are not in these tables.
-- Minutes are of two shared cores: a faster machine makes more steps of them. Those of mpnet-14m,
-  mpnet-384 and mpnet-3l were planned for 60, of mpnet-6l for 30, of asymmetric-query-tower for 20; other work beside
-  them, and stops, took the rest.
+- Minutes are of two shared cores (domain-search's of one): a faster machine makes more steps of them. Those of
+  mpnet-14m, mpnet-384 and mpnet-3l were planned for 60, of mpnet-6l for 30, of asymmetric-query-tower for 20; other
+  work beside them, and stops, took the rest.
 """
 
 
