@@ -238,9 +238,11 @@ def _apart(students: list[dict[str, Any]]) -> str:
     """Return a table of the students that are judged on something of their own; nothing where there are none."""
     if not students:
         return ""
-    head = ["", "layers x width", "parameters", "texts", "minutes", "judged on", "task", "teacher", "student"]
-    head.append("keeps, %")
-    lines = ["\n## Judged on something else\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [
+        "\n## Judged on something else\n",
+        "| | layers x width | parameters | texts | minutes | judged on | task | teacher | student | keeps, % |",
+        "|---" * 10 + "|",
+    ]
     for one in students:
         about = [one["name"], one["shape"], f"{one['parameters'] / 1e6:.1f} M", _count(one, "texts"), _minutes(one)]
         about.append(one["judged"])
