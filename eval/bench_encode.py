@@ -167,6 +167,7 @@ def main() -> None:  # noqa: PLR0915 - one run, from top to bottom
         "texts": len(texts),
     }
 
+    rates: dict[str, Any] | str
     if options.best:
         best = (options.backends or sys.executable, *options.best[:2], int(options.best[2]))
         rates = "not looked for"
@@ -179,10 +180,11 @@ def main() -> None:  # noqa: PLR0915 - one run, from top to bottom
     )
     dtype = choose_dtype("auto")
     scratch = Path(tempfile.mkdtemp(prefix="bench-encode-"))
-    teacher = CachedTeacher(LocalEncoder(located, dtype), scratch / "cache")
+    encoder = LocalEncoder(located, dtype)
+    teacher = CachedTeacher(encoder, scratch / "cache")
     for contender in (plain, tuned):
         contender.encode(texts[:64])
-    LocalEncoder.run(teacher.encoder, teacher.encoder.prepare(texts[:64], "plain"))  # warm, as the others are
+    encoder.run(encoder.prepare(texts[:64], "plain"))  # warm, as the others are
 
     seconds: dict[str, list[float]] = {"plain": [], "best": [], "embedistill": []}
     peaks, worst, tokens, flops, padded = [], [], 0, 0.0, 0
@@ -201,7 +203,7 @@ def main() -> None:  # noqa: PLR0915 - one run, from top to bottom
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)
         found = teacher.cache().read(rows)
         worst.append(float(((expected * found).sum(1) / np.linalg.norm(found, axis=1)).min()))
-        lengths = [len(ids) for ids in teacher.encoder.prepare(some, "plain").ids]
+        lengths = [len(ids) for ids in encoder.prepare(some, "plain").ids]
         tokens, flops = tokens + sum(lengths), flops + count_flops(load(located)[0].model, lengths)
         padded += sum(len(b) * max(lengths[i] for i in b) for b in cut_batches(lengths, 4096, padded=True))
         done = start + len(some)

@@ -29,14 +29,14 @@ from embedistill.architectures import keep_layers, read_config, resize
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.local import LocalEncoder
 from embedistill.evaluation.loading import load_task
-from embedistill.evaluation.scoring import Embeddings, score_model
+from embedistill.evaluation.scoring import score_model
 from embedistill.files import write_json
 from embedistill.student.building import add_head, build_student
 from embedistill.student.planning import TransformerPlan, plan_transformer
 from embedistill.student.saving import save_student
 from embedistill.student.selection import select_narrow
 from embedistill.student.static import build_static
-from embedistill.teacher import default_cache_dir, load, locate
+from embedistill.teacher import Embeddings, default_cache_dir, load, locate
 
 TEACHER = "sentence-transformers/all-mpnet-base-v2"
 STS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark", "SICK-R")

@@ -7,8 +7,8 @@ r"""Published results: from what runs and evaluations left behind to eval/result
 `add` takes sizes from the run, what every model did on every item from the folder of results, and compares them anew,
 so that the means are of the same sets for every student. A model that is compared as it is, such as
 sentence-transformers/all-MiniLM-L6-v2, can stand in place of the run; one that is `--judged` on something of its own
-has a table of its own. `render` writes the page and the picture; a test fails where the page is not what the figures
-say.
+has a table of its own, and so has a recipe run again with other seeds (`--seed-of`). `render` writes the page and the
+picture; a test fails where the page is not what the figures say.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -96,6 +97,7 @@ def main() -> None:
     adding.add_argument("--role", default="student", help="whose results they are; of a baseline, its name")
     adding.add_argument("--name", help="default: the name of the run's folder")
     adding.add_argument("--judged", help="on what, where that is not what the others are judged on: a table of its own")
+    adding.add_argument("--seed-of", metavar="NAME", help="the published student that is the same but for its seed")
     adding.add_argument("--aim", type=float, nargs=2, metavar=("STS", "RETRIEVAL"), help="percent to keep")
     actions.add_parser("render", help="eval/README.md and the picture")
     arguments = parser.parse_args()
@@ -106,6 +108,7 @@ def main() -> None:
             "name": name,
             "aim": arguments.aim,
             "judged": arguments.judged,
+            "seed_of": arguments.seed_of,
             "commands": arguments.command,
             "comparisons": [asdict(row) for row in compare(arguments.results, arguments.role)],
         }
@@ -122,6 +125,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     record = read_json(folder / "run.json")
     return describe_model(str(folder / "model")) | {
         "seed": load_recipe(folder / "recipe.yaml").seed,
+        "layers": read_json(folder / "model" / "embedistill.json")["layers"],
         "texts": len(load_corpus(folder / "corpus.parquet")["train"]),
         "steps": max(entry["step"] for entry in read_log(folder)),
         "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
@@ -171,15 +175,15 @@ def load_students() -> list[dict[str, Any]]:
 
 
 def _list_alike(students: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the students that are judged on the same, which compare."""
-    return [one for one in students if not one.get("judged")]
+    """Return the students that are judged on the same, which compare; of a recipe, the one of its own seed."""
+    return [one for one in students if not one.get("judged") and not one.get("seed_of")]
 
 
 def render(students: list[dict[str, Any]]) -> str:
     """Return the page."""
     alike = _list_alike(students)
     parts = [HEAD, "\n![Kept of the teacher by size](results/pareto.svg)\n", _overview(alike), _tasks(alike)]
-    parts += [_apart([one for one in students if one not in alike])]
+    parts += [_seeds(students), _apart([one for one in students if one.get("judged")])]
     commands = [f"\n### {one['name']}\n\n" + "".join(f"    {line}\n" for line in one["commands"]) for one in students]
     return "".join([*parts, "\n## To repeat them\n", *commands, CAVEATS])
 
@@ -232,6 +236,29 @@ def _tasks(students: list[dict[str, Any]]) -> str:
         cells = [f"{_value(row, 'student')} ({_kept(row)['value'] * 100:.1f} %)" if row else "" for row in rows]
         lines.append(f"| {task} | {_value(teacher, 'teacher')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _seeds(students: list[dict[str, Any]]) -> str:
+    """Return a table of each recipe that was run with several seeds; nothing where there are none."""
+    lines = []
+    for first in _list_alike(students):
+        others = sorted((one for one in students if one.get("seed_of") == first["name"]), key=lambda one: one["seed"])
+        if not others:
+            continue
+        same = [first, *others]
+        kept = {mean: [100 * _kept(row)["value"] for one in same if (row := _find(one, mean))] for mean in MEANS}
+        whole = {mean: values for mean, values in kept.items() if len(values) == len(same)}
+        spread = [f"{fmean(whole[mean]):.1f}, sd {stdev(whole[mean]):.2f}" if mean in whole else "" for mean in MEANS]
+        lines += [
+            f"\n## {first['name']} with other seeds\n",
+            f"| seed | layers | steps | {' | '.join(f'{mean}: keeps, %' for mean in MEANS)} |",
+            "|---" * (3 + len(MEANS)) + "|",
+        ]
+        for one in same:
+            cells = [str(one["seed"]), ", ".join(map(str, one["layers"])), _count(one, "steps")]
+            lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
+        lines.append(f"| {len(same)} seeds | | | {' | '.join(spread)} |")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _apart(students: list[dict[str, Any]]) -> str:

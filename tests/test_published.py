@@ -50,6 +50,24 @@ def test_a_student_that_is_judged_on_something_else_has_a_table_of_its_own(publi
     assert publish.summarise([*students, other]) == publish.summarise(students)
 
 
+def test_a_recipe_with_other_seeds_has_a_table_that_says_how_far_they_differ(publish: SimpleNamespace) -> None:
+    students = [one for one in publish.load_students() if not one.get("seed_of")]
+    first = next(one for one in students if one["name"] == "mpnet-3l")
+    first["layers"] = [0, 1, 11]
+    others = []
+    for seed, kept in ((1, 0.8), (2, 0.9)):
+        row = {"task": "STS mean", "retention": {"student": {"value": kept, "low": 0.7, "high": 1.0}}}
+        others.append({**first, "name": f"other-{seed}", "seed_of": "mpnet-3l", "seed": seed, "comparisons": [row]})
+    first["comparisons"] = [
+        {**row, "retention": {"student": {"value": 1.0, "low": 0.9, "high": 1.1}}} for row in first["comparisons"]
+    ]
+    page = publish.render([*students, *others])
+    table = page.partition("## mpnet-3l with other seeds")[2].partition("##")[0]
+    assert "| 1 | 0, 1, 11 | 3,106 | **80.0** [70.0, 100.0] |" in table
+    assert "| 3 seeds | | | 90.0, sd 10.00 |" in table  # of 100, 80 and 90
+    assert publish.summarise([*students, *others]) == publish.summarise(students)
+
+
 def test_means_are_of_the_published_sets_alone(publish: SimpleNamespace, tmp_path: Path) -> None:
     cosines = {"teacher": [0.1, 0.2, 0.3, 0.4], "student": [0.1, 0.2, 0.4, 0.3]}
     values = {"teacher": 1.0, "student": 0.8}  # 1 - 6 (0 + 0 + 1 + 1) / (4 x 15)
