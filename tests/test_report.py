@@ -19,7 +19,7 @@ from embedistill.evaluation.segments import Segment
 from embedistill.report import figures
 from embedistill.report.document import Report, load_report, save_report
 from embedistill.report.rendering import read_log, to_table, write_page
-from embedistill.report.wording import explain_verdict, format_retention, format_seconds, shorten
+from embedistill.report.wording import explain_needed, explain_verdict, format_retention, format_seconds, shorten
 
 FROZEN = Path(__file__).parent / "reports"
 FIGURES = {
@@ -513,6 +513,10 @@ def test_the_verdict_in_words() -> None:
         "Surely more than 97 % is kept on 0 of 1 metrics that are judged.",
         "Not yet sure on STS16 spearman_cosine, 98.0 % [96.0, 99.0].",
         "About 5,400 items would decide STS16 spearman_cosine, which has 1,379.",
+    ]
+    near = replace(row, retention={"student": replace(kept, items_needed=137_901)})  # a hundred times 1,379 is one less
+    assert [*explain_needed(Report("r", [], [near], 0.03))] == [
+        "Too near the margin for 100 times the items to decide: STS16 spearman_cosine."
     ]
 
 

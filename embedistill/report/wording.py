@@ -14,6 +14,7 @@ from embedistill.evaluation.segments import Segment
 from embedistill.report.document import Report
 
 _NAMED = 3  # rows or segments of a kind that a sentence names
+_IN_REACH = 100  # times as many items as there are: no one goes and gets more
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,13 @@ def _explain_rows(report: Report, margin: float) -> Iterator[str]:
 
 
 def explain_needed(report: Report) -> Iterator[str]:
-    """Yield how many items would decide the row that needs most, where any is undecided."""
+    """Yield how many items would decide the undecided row that needs most, and which rows are too near the margin."""
     needed = [(kept.items_needed, name, row.n_items) for name, row, kept in _list_judged(report) if kept.items_needed]
-    if needed:
-        most, name, there = max(needed)
-        yield f"About {most:,} items would decide {name}, which has {there:,}{_other(len(needed) - 1)}."
+    if in_reach := [(items, name, there) for items, name, there in needed if items <= _IN_REACH * there]:
+        most, name, there = max(in_reach)
+        yield f"About {most:,} items would decide {name}, which has {there:,}{_other(len(in_reach) - 1)}."
+    if near := [name for items, name, there in needed if items > _IN_REACH * there]:
+        yield f"Too near the margin for {_IN_REACH} times the items to decide: {_join(near)}."
 
 
 def _other(count: int) -> str:
