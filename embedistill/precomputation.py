@@ -92,7 +92,7 @@ def encode_missing(recipe: Recipe, teacher: CachedTeacher, texts: Iterable[str],
 
 def import_embeddings(
     file: Path,
-    teacher: str | None = None,
+    teacher: str | Recipe | None = None,
     cache_dir: str | Path | None = None,
     *,
     text_column: str = "text",
@@ -103,8 +103,8 @@ def import_embeddings(
 
     Args:
         file: With a column of texts and one of vectors.
-        teacher: Whose they are, a folder or a model id: a sample is compared with its own. Default: as the file says,
-            where embedistill wrote it.
+        teacher: Whose they are: a folder, a model id, or a recipe, which has prompts, a revision and number formats. A
+            sample is compared with its own vectors. Default: as the file says, where embedistill wrote it.
         cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
         text_column: Column of the texts.
         embedding_column: Column of the vectors.
@@ -120,21 +120,25 @@ def import_embeddings(
             raise UsageError(str(file), "it does not say whose vectors these are", do="give --teacher")
         cache = EmbeddingCache(folder / "embeddings", encoding)
     else:
-        encoder = LocalEncoder(locate(teacher, models_dir=folder / "models"), choose_dtype("auto"))
+        if isinstance(teacher, Recipe):
+            cached = open_teacher(teacher, folder)
+        else:
+            located = locate(teacher, models_dir=folder / "models")
+            cached = CachedTeacher(LocalEncoder(located, choose_dtype("auto")), folder / "embeddings")
         texts, vectors = next(read_embeddings(file, text_column, embedding_column), ([], np.empty((0, 0), np.float32)))
-        _check_same(file, encoder, kind, texts[:_COMPARED], vectors[:_COMPARED])
-        cache = CachedTeacher(encoder, folder / "embeddings").cache(kind)
+        _check_same(file, cached.encoder, kind, texts[:_COMPARED], vectors[:_COMPARED])
+        cache = cached.cache(kind)
     return import_vectors(cache, file, text_column, embedding_column)
 
 
-def _check_same(file: Path, encoder: LocalEncoder, kind: Kind, texts: Sequence[str], vectors: Embeddings) -> None:
+def _check_same(file: Path, encoder: Encoder, kind: Kind, texts: Sequence[str], vectors: Embeddings) -> None:
     """Make sure that vectors are what a teacher makes of their texts; another dimension is found later."""
     if not texts:
         return
-    own = encoder.run(encoder.prepare(texts, kind))[0].vectors
+    own = encoder.run(encoder.prepare(texts, kind), lambda _: None)[0].vectors
     if own.shape != vectors.shape:
         return
     cosine = float(np.einsum("nd,nd->n", own, Encoded.of(vectors).vectors).min())
     if not cosine > _SAME:
-        found = f"vectors with cosine {cosine:.3f} to {encoder.located.name}'s own"
+        found = f"vectors with cosine {cosine:.3f} to {encoder.describe(kind, 'float32')['teacher']}'s own"
         raise UsageError(str(file), found, f"above {_SAME}", "give the teacher that they are of")

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from embedistill.cli import commands, recipes
@@ -259,6 +261,8 @@ def test_a_corpus_is_encoded_and_its_cache_looked_after(
     assert wrong[0] == 2
     assert "'s own; expected above 0.99" in wrong[2]
     assert run("cache", "import", "foreign.parquet", "--teacher", teacher_dir, cache="third") == (0, taken)
+    both = call(monkeypatch, capsys, "cache", "import", "foreign.parquet", "--teacher", teacher_dir, "--recipe", "mine")
+    assert (both[0], "--teacher, --recipe: both" in both[2]) == (2, True)
 
     assert run("cache", "verify") == (0, "every shard is as it was written\n")
     shards = (tmp_path / "cache" / "embeddings" / facts["key"]).glob("*.arrow")  # of documents, of queries
@@ -272,3 +276,23 @@ def test_a_corpus_is_encoded_and_its_cache_looked_after(
     code, out = run("cache", "prune", "--keep", "0.0MB")
     assert code == 0
     assert out.startswith(f"deleted {facts['key'][:12]}: {n_texts} vectors of {teacher_dir}")
+
+
+def test_vectors_are_taken_in_for_the_prompts_and_formats_of_a_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], teacher_dir: Path, tmp_path: Path
+) -> None:
+    texts = [f"ship harbour {word}" for word in ("cow", "tide", "net")]
+    vectors = SentenceTransformer(str(teacher_dir)).encode([f"storm {text}" for text in texts])
+    pq.write_table(pa.table({"text": texts, "embedding": list(vectors)}), "vectors.parquet")
+    Path("texts.txt").write_text("\n".join(texts))
+    recipe = Path("prompted.yaml")
+    recipe.write_text(
+        f"teacher: {{model: {teacher_dir}, dtype: float32, prompts: {{document: 'storm '}}}}\n"
+        "corpus: {source: texts.txt}\nstudent: {layers: 1}\nencoding: {storage: int8}\nname: prompted\n"
+    )
+    cache = ("--cache-dir", tmp_path / "prompted")
+    taking = ("cache", "import", "vectors.parquet", "--kind", "document", "--recipe", recipe, *cache)
+    assert call(monkeypatch, capsys, *taking)[:2] == (0, "3 vectors taken in, the others were there\n")
+    assert call(monkeypatch, capsys, "encode", recipe, *cache)[1] == "0 texts encoded, the others were there\n"
+    wrong = call(monkeypatch, capsys, "cache", "import", "vectors.parquet", "--recipe", recipe, *cache)
+    assert (wrong[0], "'s own; expected above 0.99" in wrong[2]) == (2, True)  # as plain texts they have no prompt

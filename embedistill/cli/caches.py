@@ -104,6 +104,9 @@ def cache_import_command(
     teacher: Annotated[
         str | None, typer.Option(help="Whose they are, a folder or model id; default: as the file says.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe whose teacher they are of, with its prompts and number formats.")
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     embedding_column: Annotated[str, typer.Option(help="Column of the vectors.")] = "embedding",
     kind: Annotated[
@@ -114,9 +117,17 @@ def cache_import_command(
     """Take the vectors of a parquet file into the cache; another's are first compared with the teacher's own."""
     hush()
     from embedistill.precomputation import import_embeddings
+    from embedistill.recipe import load_recipe
 
+    if teacher and recipe:
+        raise UsageError("--teacher, --recipe", "both", "one of them: a recipe has a teacher")
     added = import_embeddings(
-        file, teacher, cache_dir, text_column=text_column, embedding_column=embedding_column, kind=kind
+        file,
+        load_recipe(recipe) if recipe else teacher,
+        cache_dir,
+        text_column=text_column,
+        embedding_column=embedding_column,
+        kind=kind,
     )
     typer.echo(f"{added:,} vectors taken in, the others were there")
 
