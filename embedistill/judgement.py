@@ -13,6 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
+from embedistill.choices import Encodes, IndexKind
 from embedistill.corpus.records import load_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
@@ -21,7 +22,6 @@ from embedistill.errors import UsageError
 from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark, write_submission
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.loading import list_tasks, load_tasks
-from embedistill.evaluation.retrieval import IndexKind
 from embedistill.evaluation.scoring import TEACHER, Encoder, Result, load_results, save_results
 from embedistill.evaluation.segments import (
     MISSPELT,
@@ -38,7 +38,6 @@ from embedistill.evaluation.trial import (
     STUDENT,
     UNTRAINED,
     Candidate,
-    Role,
     choose_texts,
     describe_details,
     find_contamination,
@@ -79,7 +78,7 @@ def evaluate(
     segment_margin: float | None = None,
     index: IndexKind = "flat",
     misspelt: bool = False,
-    documents: Role = "student",
+    documents: Encodes = "student",
     floors: bool = True,
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from embedistill.choices import Fault, Kind
 from embedistill.corpus.records import Record, Split, load_corpus
 from embedistill.encoding.cached import CachedTeacher
-from embedistill.encoding.targets import Fault, find_faults
+from embedistill.encoding.targets import find_faults
 from embedistill.errors import UsageError
 from embedistill.files import read_json
 from embedistill.progress import note
 from embedistill.student.head import Matrix
-from embedistill.teacher import Kind, find_prompt
+from embedistill.teacher import find_prompt
 from embedistill.teaching import texts_by_kind
 
 CORPUS, TARGETS = "corpus.parquet", "targets.json"

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill import ranks
 from embedistill.architectures import read_config, read_sizes
+from embedistill.choices import Dtype, Kind
 from embedistill.construction import Construction
 from embedistill.corpus.filtering import make_filter
 from embedistill.corpus.preparation import prepare
@@ -44,21 +45,14 @@ from embedistill.judgement import choose_measures, judge
 from embedistill.material import CORPUS, TARGETS, Material
 from embedistill.precomputation import encode_missing, read_records
 from embedistill.progress import note
-from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Dtype, Recipe, dump_recipe
+from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import PAGE, write_page
 from embedistill.search import INDEX, build_index
 from embedistill.stages import Stage, Stages, check_space, hold_folder, list_versions
 from embedistill.student.head import Matrix, project
 from embedistill.student.saving import SPACE, load_projection
-from embedistill.teacher import (
-    Kind,
-    LocatedModel,
-    default_cache_dir,
-    embed_cheaply,
-    load,
-    locate,
-)
+from embedistill.teacher import LocatedModel, default_cache_dir, embed_cheaply, load, locate
 from embedistill.teaching import (
     check_training,
     list_inputs,

@@ -10,6 +10,7 @@ import numpy as np
 from embedistill.cache.shards import Encoded
 from embedistill.cache.store import EmbeddingCache
 from embedistill.cache.upkeep import import_vectors, read_embeddings, read_encoding
+from embedistill.choices import Kind
 from embedistill.corpus.reading import Columns, describe_source, read_corpus, read_pairs
 from embedistill.corpus.records import Record
 from embedistill.encoding.cached import CachedTeacher, Encoder
@@ -19,7 +20,7 @@ from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
 from embedistill.recipe import CorpusSection, Recipe
-from embedistill.teacher import Embeddings, Kind, default_cache_dir, locate
+from embedistill.teacher import Embeddings, default_cache_dir, locate
 
 _COMPARED, _SAME = 16, 0.99
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill import hub
 from embedistill.architectures import ARCHITECTURES
+from embedistill.choices import Kind
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import fingerprint, read_json, sha256_file
 from embedistill.progress import note, progress_bar
@@ -24,9 +25,6 @@ from embedistill.wheels import WHEEL_MODELS, WheelModel, fetch_from_wheels
 
 Embeddings = npt.NDArray[np.float32]
 """Unit vectors, shape (n_texts, dim)."""
-
-Kind = Literal["plain", "query", "document"]
-"""What a text is, for models that have a prompt for each: `encode`, `encode_query`, `encode_document`."""
 
 _PROMPT_NAMES: dict[Kind, tuple[str, ...]] = {
     "plain": (),

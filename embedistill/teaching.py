@@ -11,13 +11,14 @@ import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill.choices import Kind, Phase
 from embedistill.corpus.records import Record
 from embedistill.errors import UsageError
 from embedistill.progress import note, progress_bar
 from embedistill.ranks import world_size
-from embedistill.recipe import LIVE, CourseSection, Phase, TrainingSection
+from embedistill.recipe import LIVE, CourseSection, TrainingSection
 from embedistill.student.head import Matrix, project
-from embedistill.teacher import Kind, find_prompt
+from embedistill.teacher import find_prompt
 from embedistill.training.batches import Batching, Rows, Targets, find_neighbours, shorten, spread_from_centres
 from embedistill.training.internals import Internals
 from embedistill.training.loop import Schedule

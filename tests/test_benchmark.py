@@ -14,9 +14,9 @@ import yaml
 from scipy import stats
 
 from embedistill import hub
+from embedistill.choices import Kind
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.evaluation.benchmark import BenchmarkEncoder, list_benchmark_tasks, run_benchmark, write_submission
-from embedistill.teacher import Kind
 
 STS = [
     ("a ship in the harbour", "the ship is in a harbour", 4.8),

@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "embedistill"
 ORDER = [
     "errors",
+    "choices",
     "files",
     "progress",
     "ranks",

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import average_precision_score, v_measure_score
 
+from embedistill.choices import Kind
 from embedistill.errors import EmbedistillError
 from embedistill.evaluation import probes, trial
 from embedistill.evaluation.comparison import Retention, _count_needed, compare_results, correct, decide
@@ -36,7 +37,6 @@ from embedistill.evaluation.tasks import (
 )
 from embedistill.evaluation.trial import choose_texts
 from embedistill.report.document import Report
-from embedistill.teacher import Kind
 
 RNG = np.random.default_rng(0)
 

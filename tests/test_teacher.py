@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from embedistill import hub, teacher, wheels
+from embedistill.choices import Kind
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import sha256_file
-from embedistill.teacher import Kind, encode, find_prompt, load, locate
+from embedistill.teacher import encode, find_prompt, load, locate
 from embedistill.wheels import WheelModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

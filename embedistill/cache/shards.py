@@ -9,16 +9,16 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedistill.choices import Storage
 from embedistill.errors import EmbedistillError
 from embedistill.files import sha256_file, written_aside
 
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
 Vectors = npt.NDArray[np.float32]
 """Shape (n_texts, dim)."""
 

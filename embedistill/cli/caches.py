@@ -6,10 +6,11 @@ import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from embedistill.choices import Kind
 from embedistill.cli.options import CacheOption, JsonOption, hush
 from embedistill.cli.printing import print_table
 from embedistill.errors import UsageError
@@ -109,9 +110,7 @@ def cache_import_command(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     embedding_column: Annotated[str, typer.Option(help="Column of the vectors.")] = "embedding",
-    kind: Annotated[
-        Literal["plain", "query", "document"], typer.Option(help="What the texts are, where the teacher has prompts.")
-    ] = "plain",
+    kind: Annotated[Kind, typer.Option(help="What the texts are, where the teacher has prompts.")] = "plain",
     cache_dir: CacheOption = None,
 ) -> None:
     """Take the vectors of a parquet file into the cache; another's are first compared with the teacher's own."""

@@ -11,11 +11,12 @@ import traceback
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from embedistill.choices import Encodes, IndexKind
 from embedistill.cli import caches, recipes
 from embedistill.cli.options import CacheOption, JsonOption, RecipeArgument, hush
 from embedistill.cli.printing import make_console, print_hits, print_report, print_table
@@ -40,9 +41,7 @@ Overrides = Annotated[
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with sts/NAME.jsonl, retrieval/NAME/, ...")]
 MarginOption = Annotated[float | None, typer.Option(help="Share that may be lost: the verdict; default: 0.03.")]
-IndexOption = Annotated[
-    Literal["flat", "hnsw", "ivfpq"], typer.Option(help="FAISS index that retrieval is measured with.")
-]
+IndexOption = Annotated[IndexKind, typer.Option(help="FAISS index that retrieval is measured with.")]
 SegmentMarginOption = Annotated[
     float | None, typer.Option(help="Share that a part of a task may lose; default: twice the margin.")
 ]
@@ -165,7 +164,7 @@ def evaluate(
     index: IndexOption = "flat",
     misspelt: Annotated[bool, typer.Option(help="Score also with typing errors.")] = False,
     documents: Annotated[
-        Literal["student", "teacher"],
+        Encodes,
         typer.Option(help="Who encodes documents; teacher: the student's queries on these are judged."),
     ] = "student",
     floors: Annotated[

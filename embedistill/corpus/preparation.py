@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 
+from embedistill.choices import By
 from embedistill.corpus.filtering import Rule, drop_near_duplicates
 from embedistill.corpus.records import Record, Split, normalise
-from embedistill.corpus.selection import By, Embed, select
+from embedistill.corpus.selection import Embed, select
 from embedistill.errors import UsageError
 
 _EXAMPLES = 10

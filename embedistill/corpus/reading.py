@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedistill import hub
+from embedistill.choices import OnBad
 from embedistill.corpus.docstrings import find_packages, read_docstrings
 from embedistill.corpus.records import Record
 from embedistill.errors import EmbedistillError, UsageError
@@ -42,7 +43,7 @@ class Columns:
     query: str | None = None
     negative: str | None = None
     max_characters: int = 100_000
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: OnBad = "error"
 
 
 def describe_source(source: str | Sequence[str]) -> list[Any]:
@@ -117,7 +118,7 @@ def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[
             yield Record(text, str(row.get("source") or source), query or None, negative or None)
 
 
-def read_pairs(path: Path, *, max_characters: int, bad_rows: Literal["error", "skip"]) -> Iterator[Record | None]:
+def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[Record | None]:
     """Yield a record for each pair of a file: its positive is the text, its anchor the query; as `read_corpus`.
 
     Args:

@@ -6,16 +6,16 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from embedistill.choices import By
 from embedistill.corpus.records import Record
 from embedistill.progress import progress_bar
 
-By = Literal["random", "source", "length", "cost", "diversity"]
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 """From texts to cheap unit vectors, (n_texts, dim)."""
 

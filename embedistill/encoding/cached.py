@@ -15,13 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from embedistill.cache.shards import Encoded, Storage
+from embedistill.cache.shards import Encoded
 from embedistill.cache.store import EmbeddingCache, Rows
+from embedistill.choices import Kind, Storage
 from embedistill.encoding.hardware import measure_products
 from embedistill.encoding.local import Effort
 from embedistill.errors import EmbedistillError
 from embedistill.progress import note, progress_bar
-from embedistill.teacher import Embeddings, Kind
+from embedistill.teacher import Embeddings
 
 _WORTH_MEASURING = 1000
 

@@ -28,12 +28,13 @@ import torch
 from embedistill.cache.remote import pull, push, remove_folder, send_file
 from embedistill.cache.shards import SUFFIX, write_shard
 from embedistill.cache.store import MANIFEST, EmbeddingCache, hash_texts
+from embedistill.choices import Kind
 from embedistill.encoding.cached import check_finite, describe_effort, iter_missing
 from embedistill.encoding.local import Effort, LocalEncoder
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import read_json, write_text
 from embedistill.progress import note, progress_bar
-from embedistill.teacher import Kind, default_cache_dir, locate
+from embedistill.teacher import default_cache_dir, locate
 
 _RUNNING = ".running"
 _TEXTS = "texts.json"

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedistill.cache.shards import Encoded, Storage, Vectors
+from embedistill.cache.shards import Encoded, Vectors
+from embedistill.choices import Kind, Storage
 from embedistill.encoding.local import Effort
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.files import read_json, write_json
-from embedistill.teacher import Kind
 
 PROBE = "probe.json"
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+from embedistill.choices import Dtype
 
 _FORMATS = (torch.float32, torch.bfloat16)
 _WORTHWHILE = 1.25

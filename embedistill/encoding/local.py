@@ -25,10 +25,11 @@ from sentence_transformers.sentence_transformer.modules import (
     Transformer,
 )
 
-from embedistill.cache.shards import Encoded, Storage, Vectors
+from embedistill.cache.shards import Encoded, Vectors
+from embedistill.choices import Kind, Storage
 from embedistill.encoding.packed import PackedBody, can_pack, count_flops
 from embedistill.progress import note, progress_bar
-from embedistill.teacher import Kind, LocatedModel, encode, find_prompt, load
+from embedistill.teacher import LocatedModel, encode, find_prompt, load
 
 Batch = tuple[Sequence[int], Vectors, int]
 """Numbers of the texts of a batch, their vectors, and how many tokens of padding it had."""

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
 from embedistill.cache.store import EmbeddingCache
+from embedistill.choices import Fault
 from embedistill.teacher import Embeddings
-
-Fault = Literal["not-finite", "zero-norm", "cut", "equal", "outlier"]
-"""The vector has a number that is not finite; no direction; its text was longer than the model sees; another text has
-the very same vector; its neighbours are far away."""
 
 Numbers = npt.NDArray[np.int64]
 """Numbers of texts."""

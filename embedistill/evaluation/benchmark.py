@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedistill import hub
+from embedistill.choices import Kind
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.evaluation.loading import find_file, load_task
 from embedistill.evaluation.scoring import Encoder
 from embedistill.evaluation.tasks import ClassificationTask, ClusteringTask, PairTask, RetrievalTask, StsTask
 from embedistill.files import fingerprint, sha256_file, write_text
 from embedistill.progress import note
-from embedistill.teacher import Kind
 
 Vectors = npt.NDArray[np.float32]
 

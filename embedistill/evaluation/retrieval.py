@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from embedistill.choices import IndexKind
 from embedistill.evaluation.metrics import Ranking
 
 Embeddings = npt.NDArray[np.float32]
-IndexKind = Literal["flat", "hnsw", "ivfpq"]
 
 _LINKS, _BEAM = 32, 128  # of HNSW
 _CELL, _PROBED, _CODE = 39, 16, 8  # of IVF-PQ: vectors a cell at least, cells looked into, dimensions a byte

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from embedistill.choices import IndexKind, Kind
 from embedistill.evaluation.metrics import (
     RETRIEVED,
     cosines,
@@ -18,7 +19,7 @@ from embedistill.evaluation.metrics import (
     score_rankings,
 )
 from embedistill.evaluation.probes import NEIGHBOURS, agree, classify, cluster, compare_similarities
-from embedistill.evaluation.retrieval import Embeddings, IndexKind, search_exactly, search_index
+from embedistill.evaluation.retrieval import Embeddings, search_exactly, search_index
 from embedistill.evaluation.tasks import (
     AgreementTask,
     ClassificationTask,
@@ -32,7 +33,6 @@ from embedistill.evaluation.tasks import (
     list_texts,
 )
 from embedistill.files import read_json, write_json, written_aside
-from embedistill.teacher import Kind
 
 SCHEMA_VERSION = 2
 TEACHER = "teacher"

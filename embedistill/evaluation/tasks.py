@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from embedistill.choices import Kind
 from embedistill.files import fingerprint
-from embedistill.teacher import Kind
 
 _EXPERIMENTS, _OF_A_LABEL, _SEED = 10, 8, 42
 _BESIDE = {"columns", "query_ids", "document_ids"}  # what a task has beside its texts and judgements

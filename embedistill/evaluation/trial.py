@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embedistill.choices import Encodes, IndexKind
 from embedistill.corpus.records import normalise
 from embedistill.encoding.local import LocalEncoder, encode_here
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.evaluation.comparison import choose_metric
 from embedistill.evaluation.costs import ModelFacts, Start, describe_model, measure_speed, measure_start
 from embedistill.evaluation.metrics import AVERAGE_PRECISION, SPEARMAN, Values
-from embedistill.evaluation.retrieval import Embeddings, IndexKind
+from embedistill.evaluation.retrieval import Embeddings
 from embedistill.evaluation.scoring import TEACHER, Encoder, Result, score_model
 from embedistill.evaluation.segments import MISSPELT, misspell
 from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, RetrievalTask, Task, list_items, list_texts
@@ -28,7 +29,6 @@ from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.student.saving import load_projection
 from embedistill.teacher import LocatedModel, embed_cheaply, encode
 
-Role = Literal["student", "teacher"]
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
 FIT_TEXTS = 5_000
@@ -104,7 +104,7 @@ def score_all(
     teacher: Encoder | None,
     index: IndexKind,
     misspelt: bool,
-    documents: Role = "student",
+    documents: Encodes = "student",
     seed: int,
     versions: dict[str, str],
 ) -> list[Result]:
@@ -160,7 +160,7 @@ def _try_start(folder: Path, texts: Sequence[str]) -> Start | None:
         return None
 
 
-def choose_texts(tasks: Sequence[Task], documents: Role = "student") -> list[str]:
+def choose_texts(tasks: Sequence[Task], documents: Encodes = "student") -> list[str]:
     """Return some of the texts of tasks to measure speed on, the same every time: fewer where they are long.
 
     Documents of retrieval tasks are among them where the student encodes such.

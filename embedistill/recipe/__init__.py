@@ -16,7 +16,6 @@ from embedistill.recipe.sections import (
     StudentSection,
 )
 from embedistill.recipe.training import LIVE, CourseSection, TrainingSection
-from embedistill.recipe.values import Dtype, Phase
 
 __all__ = [
     "AFTERWARDS",
@@ -26,8 +25,6 @@ __all__ = [
     "AssistantSection",
     "CorpusSection",
     "CourseSection",
-    "Dtype",
-    "Phase",
     "Recipe",
     "Setting",
     "ShapeSection",

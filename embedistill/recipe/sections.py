@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from embedistill.choices import By, Dtype, Encodes, Fault, IndexKind, Kind, OnBad, Storage
 from embedistill.files import fingerprint
 from embedistill.recipe.training import LIVE, TrainingSection
-from embedistill.recipe.values import Count, Dtype, Fault, Positive, Section, Share, Storage
+from embedistill.recipe.values import Count, Positive, Section, Share
 
 AGREEMENT = "agreement"
 KNOWN_ITEM = "known-item"
@@ -20,7 +21,7 @@ class TeacherSection(Section):
 
     model: str = Field(description="A folder, or a model id such as sentence-transformers/all-mpnet-base-v2.")
     revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
-    prompts: dict[Literal["plain", "query", "document"], str] = Field(
+    prompts: dict[Kind, str] = Field(
         {},
         description="What stands before a query, a document, and any other text, in place of what the model's own "
         "configuration says: {query: 'query: ', document: 'passage: ', plain: 'query: '} for E5.",
@@ -66,7 +67,7 @@ class SelectSection(Section):
     """Which records of the corpus are used."""
 
     size: Count | None = Field(None, description="At most this many records, training and held out; default: all.")
-    by: Literal["random", "source", "length", "cost", "diversity"] = Field(
+    by: By = Field(
         "random",
         description="How they are selected: random, or evenly: by the column source, by length (a share for each "
         "doubling), or by diversity (in clusters of cheap embeddings); or by cost: fewer of the long ones, which cost "
@@ -90,7 +91,7 @@ class CorpusSection(Section):
     query_column: str | None = Field(
         None, description="Column with a short text that should find the text: a title, a question. Trained on as well."
     )
-    bad_rows: Literal["error", "skip"] = Field(
+    bad_rows: OnBad = Field(
         "error", description="A row whose text is missing, no string or too long: error, or skip and count it."
     )
     min_characters: Count = Field(3, description="Shorter texts are left out.")
@@ -212,9 +213,7 @@ class EvaluationSection(Section):
         description="Folder with sts/NAME.jsonl, retrieval/NAME/, classification/, clustering/ and pairs/; default: "
         "the Hub, for STS sets.",
     )
-    missing: Literal["error", "skip"] = Field(
-        "error", description="A task whose data cannot be had: error, or skip and say so."
-    )
+    missing: OnBad = Field("error", description="A task whose data cannot be had: error, or skip and say so.")
     baselines: list[str] = Field([], description="Models to measure beside teacher and student.")
     margin: Share | None = Field(
         None,
@@ -223,8 +222,8 @@ class EvaluationSection(Section):
     segment_margin: Share | None = Field(
         None, description="FAIL as well where a part of a task surely loses more; default: twice the margin."
     )
-    index: Literal["flat", "hnsw", "ivfpq"] = Field("flat", description="FAISS index that retrieval is measured with.")
-    documents: Literal["student", "teacher"] = Field(
+    index: IndexKind = Field("flat", description="FAISS index that retrieval is measured with.")
+    documents: Encodes = Field(
         "student",
         description="Who encodes the documents of retrieval tasks: the student, or the teacher, whose index stays as "
         "it is; then the student's queries on these are judged.",

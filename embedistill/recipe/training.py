@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from embedistill.recipe.values import Count, Dtype, Phase, Positive, Section, Share
+from embedistill.choices import Curve, Dtype, Phase
+from embedistill.recipe.values import Count, Positive, Section, Share
 
 LIVE = frozenset({"layers", "attention"})  # terms that look into the teacher, which then runs on the student's tokens
 
@@ -17,7 +18,7 @@ class CourseSection(Section):
 
     start: Annotated[float, Field(ge=0)] = Field(description="At the first step.")
     end: Annotated[float, Field(ge=0)] | None = Field(None, description="At the last step; default: as at the first.")
-    schedule: Literal["linear", "cosine"] = Field("cosine", description="How it goes from one to the other.")
+    schedule: Curve = Field("cosine", description="How it goes from one to the other.")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Phase = Literal["all", "pairs", "queries"]
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
-Fault = Literal["not-finite", "zero-norm", "cut", "equal", "outlier"]
 
 
 class Section(BaseModel):

@@ -14,10 +14,10 @@ from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 from torch.nn import functional
 
+from embedistill.choices import Curve
 from embedistill.training.internals import Internals
 
 Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "pairs", "layers", "attention", "spread"]
-Curve = Literal["linear", "cosine"]
 
 _BALANCED_EVERY = 50
 _NEAREST = 8
