@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from embedistill.training.batches import (
     Batching,
     BudgetSampler,
     TargetCollator,
+    count_batches,
     find_neighbours,
     shorten,
     spread_from_centres,
@@ -147,14 +149,16 @@ def sampler(texts: list[str], *, steps: int, **batching: object) -> BudgetSample
 
 def test_batches_hold_every_text_once_an_epoch_and_texts_of_any_length() -> None:
     texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 500, 1000)]
-    made = sampler(texts, steps=126)
+    made = sampler(texts, steps=125)
     batches = list(made)
-    assert len(batches) == len(made) == 126
-    for epoch in (batches[:63], batches[63:]):
-        assert sorted(row for batch in epoch for row in batch) == list(range(1000))
-    assert batches[:63] != batches[63:]
+    assert len(batches) == len(made) == 125
+    assert {len(batch) for batch in batches} == {16}  # what an epoch leaves over begins the next
+    rows = [row for batch in batches for row in batch]
+    for epoch in (rows[:1000], rows[1000:]):
+        assert sorted(epoch) == list(range(1000))
+    assert rows[:1000] != rows[1000:]
     spread = [max(len(texts[i]) for i in batch) - min(len(texts[i]) for i in batch) for batch in batches]
-    assert min(spread[:62]) > 200
+    assert min(spread) > 200
     assert batches == list(made)
 
 
@@ -182,6 +186,34 @@ def test_no_text_is_lost_between_parts() -> None:
     parts = list(sampler(texts, steps=6, size=16, parts=5))
     assert all(len({len(part) for part in parts[start : start + 5]}) == 1 for start in range(0, len(parts), 5))
     assert len({row for part in parts for row in part}) == sum(map(len, parts)) >= 91 - 4
+
+
+@pytest.mark.parametrize("n_parts", [2, 4, 8])
+def test_batches_within_budgets_are_the_same_in_any_number_of_parts(n_parts: int) -> None:
+    texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 500, 1000)]
+    companions = np.full((1000, 2), -1)
+    companions[:300, 0], companions[500:800, 0] = np.arange(500, 800), np.arange(300)  # texts with and without a pair
+    given = {"steps": 20, "tokens": 20_000, "size": 96, "companions": companions}
+    whole, parts = list(sampler(texts, **given)), list(sampler(texts, parts=n_parts, **given))
+    assert max(sum(len(texts[row]) for row in batch) for batch in whole) <= 20_000
+    for number, batch in enumerate(whole):
+        some = parts[n_parts * number : n_parts * (number + 1)]
+        assert sorted(itertools.chain(*some)) == sorted(batch)
+        assert {len(part) for part in some} == {len(batch) // n_parts}
+        pairs = {row for row in batch if companions[row, 0] in batch}
+        assert all(companions[row, 0] in part for part in some for row in pairs & set(part))
+
+
+def test_an_epoch_has_as_many_batches_as_are_counted() -> None:
+    texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 500, 1000)]
+    lengths = np.array([len(text) for text in texts], np.float32)
+    neighbours = np.random.default_rng(1).integers(0, 1000, (1000, 4))
+    for batching in ({"tokens": 2_000, "size": 64}, {"size": 16, "neighbours": neighbours}):
+        counted = count_batches(lengths, Batching(seed=1, **batching))
+        counted = math.ceil(counted)
+        batches = list(sampler(texts, steps=counted + 1, **batching))
+        assert len(set(itertools.chain(*batches))) == 1000
+        assert len(set(itertools.chain(*batches[: counted - 2]))) < 1000
 
 
 def test_a_pair_is_in_one_part() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,12 @@ from embedistill.errors import UsageError
 from embedistill.student.head import Matrix, fit_pca, project
 
 Rows = npt.NDArray[np.int64]
+Run = tuple[Rows, np.random.Generator]
 Targets = Callable[[Rows], Matrix]
 """From row numbers (batch,) to the teacher's vectors in the student's space (batch, dim)."""
 
 _RUN_BATCHES = 8
+_COUNTED, _REPEATS = 20_000, 8
 _SAMPLE = 1_000
 _FIRST_SHARE = 0.2  # of the texts, the easiest, at the first step of a curriculum
 _PCA_SAMPLE, _SHORT, _CHUNK = 20_000, 128, 8192
@@ -41,8 +43,7 @@ class Batching:
         size: Texts of a batch, at most.
         tokens: Tokens of a batch, at most, as estimated from its characters; None: no bound.
         seed: Seed of the order.
-        parts: Each batch is cut into so many of the same size: a part a process, or a part after the other. What is
-            over goes into the next batch.
+        parts: Each batch comes in so many of the same size: a part a process, or a part after the other.
         companions: Rows of texts that are put into the batch of each text, in the place of others, (n_texts, any
             number), -1: none.
         neighbours: The same, of which one is drawn by chance.
@@ -86,29 +87,18 @@ class BudgetSampler(DefaultBatchSampler):
         Raises:
             UsageError: No batch within the budgets has a text for each part.
         """
-        n_parts = self.batching.parts
         self._done = 0
-        for rows, random in self._runs():
-            before, over = self._done, list[int]()
-            for fresh in _cut(rows, self.lengths, self.batching, random):
-                batch = list(dict.fromkeys([*over, *fresh]))
-                size = len(batch) // n_parts
-                over = batch[size * n_parts :]
-                if not size:
-                    continue
-                yield from (batch[part * size : (part + 1) * size] for part in range(n_parts))  # a pair stays together
-                self._done += 1
-                if self._done == self.steps:
-                    return
-            if self._done == before:
-                found = f"no batch of {n_parts} texts or more, for {n_parts} parts"
-                raise UsageError("training.batch_size, batch_tokens", found, do="raise them, or use fewer processes")
+        for batch in cut_batches(self._runs(), self.lengths, self.batching):
+            yield from batch
+            self._done += 1
+            if self._done == self.steps:
+                return
 
     def __len__(self) -> int:
         """Return how many parts there are in all."""
         return self.steps * self.batching.parts
 
-    def _runs(self) -> Iterator[tuple[Rows, np.random.Generator]]:
+    def _runs(self) -> Iterator[Run]:
         """Yield rows in random order: an epoch's, or, in a curriculum, those of some batches."""
         by_ease = None if self.batching.difficulty is None else np.argsort(self.batching.difficulty, kind="stable")
         for number in itertools.count():
@@ -121,24 +111,98 @@ class BudgetSampler(DefaultBatchSampler):
                 yield random.permutation(allowed)[: self.batching.size * _RUN_BATCHES], random
 
 
-def _cut(rows: Rows, lengths: Matrix, batching: Batching, random: np.random.Generator) -> Iterator[list[int]]:
-    """Yield batches of rows, each with its companions and no row twice, that are within the budgets."""
-    batch: dict[int, None] = {}
-    total = 0.0
-    for row in rows.tolist():
-        if row in batch:
-            continue
-        joined = dict.fromkeys([row, *_accompany(row, batching, random)])
-        fresh = [one for one in joined if one not in batch]
-        tokens = float(lengths[fresh].sum())
-        over = batching.tokens is not None and total + tokens > batching.tokens
-        if batch and (len(batch) + len(fresh) > batching.size or over):
-            yield list(batch)
-            batch, total, fresh = {}, 0.0, list(joined)
-            tokens = float(lengths[fresh].sum())
-        batch.update(dict.fromkeys(fresh))
-        total += tokens
-    yield list(batch)
+def cut_batches(runs: Iterable[Run], lengths: Matrix, batching: Batching) -> Iterator[list[list[int]]]:
+    """Yield batches of rows within the budgets, no row twice in one, each in its parts.
+
+    What a run of rows leaves over begins the next run's first batch, unless the whole run is less than a batch.
+
+    Args:
+        runs: Rows in their order, and the generator to draw their neighbours with.
+        lengths: Tokens of each text, shape (n_texts,).
+        batching: The budgets, and which texts join others.
+
+    Raises:
+        UsageError: No batch of a run has a text for each part.
+    """
+    groups: list[list[int]] = []  # of the batch that is being filled: a text and those that joined it
+    held: set[int] = set()
+    tokens = 0.0
+    for rows, random in runs:
+        is_held = np.isin(rows, list(held))
+        yielded = False
+        for row in [*rows[~is_held].tolist(), *rows[is_held].tolist()]:
+            if row in held:
+                continue  # it has joined another
+            joined = dict.fromkeys([row, *_accompany(row, batching, random)])
+            while groups and _is_over([one for one in joined if one not in held], len(held), tokens, lengths, batching):
+                batch, rest = _split(groups, batching.parts)
+                if not batch:
+                    break
+                yield _deal(batch, batching.parts)
+                yielded, groups, held = True, rest, {one for group in rest for one in group}
+                tokens = float(lengths[list(held)].sum())
+            fresh = [one for one in joined if one not in held]
+            groups.append(fresh)
+            held.update(fresh)
+            tokens += float(lengths[fresh].sum())
+        if not yielded:
+            batch, groups = _split(groups, batching.parts)
+            if not batch:
+                found = f"no batch of {batching.parts} texts or more, for {batching.parts} parts"
+                raise UsageError("training.batch_size, batch_tokens", found, do="raise them, or use fewer processes")
+            yield _deal(batch, batching.parts)
+            held = {one for group in groups for one in group}
+            tokens = float(lengths[list(held)].sum())
+
+
+def count_batches(lengths: Matrix, batching: Batching) -> float:
+    """Return how many batches an epoch comes to on average, as some texts tell."""
+    random = np.random.default_rng(batching.seed)
+    some = random.permutation(len(lengths))[:_COUNTED]
+    repeats = max(1, min(_REPEATS, _COUNTED // len(some)))
+    n_batches = sum(1 for _ in cut_batches([(some, random)] * repeats, lengths, batching))
+    return n_batches / repeats * len(lengths) / len(some)
+
+
+def _is_over(fresh: list[int], n_held: int, tokens: float, lengths: Matrix, batching: Batching) -> bool:
+    """Return whether a batch with some rows more would be beyond its budgets."""
+    too_many = n_held + len(fresh) > batching.size
+    return too_many or (batching.tokens is not None and tokens + float(lengths[fresh].sum()) > batching.tokens)
+
+
+def _split(groups: list[list[int]], n_parts: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return groups of a batch that come to a multiple of the parts, and those that are over.
+
+    Of two, four or eight parts, one or more: batches that have eight texts for each are the same for one process.
+    """
+    n_texts = sum(map(len, groups))
+    common = next(number for number in (8, 4, 2, 1) if n_texts >= 8 * number or number == 1)
+    for multiple in (common, n_parts) if common % n_parts == 0 else (n_parts,):
+        for wanted in range(n_texts // multiple * multiple, 0, -multiple):
+            over = set[int]()
+            excess = n_texts - wanted
+            for number in range(len(groups) - 1, -1, -1):
+                if len(groups[number]) <= excess:
+                    over.add(number)
+                    excess -= len(groups[number])
+            if not excess:
+                kept = [group for number, group in enumerate(groups) if number not in over]
+                return kept, [groups[number] for number in sorted(over)]
+    rows = [[row] for group in groups for row in group]
+    cut = len(rows) // n_parts * n_parts
+    return rows[:cut], rows[cut:]
+
+
+def _deal(groups: list[list[int]], n_parts: int) -> list[list[int]]:
+    """Return parts of the same size; a group stays together where one has room for it."""
+    size = sum(map(len, groups)) // n_parts
+    parts: list[list[int]] = [[] for _ in range(n_parts)]
+    for group in sorted(groups, key=len, reverse=True):
+        emptiest = min(parts, key=len)
+        whole = len(emptiest) + len(group) <= size
+        for some in [group] if whole else [[row] for row in group]:
+            min(parts, key=len).extend(some)
+    return parts
 
 
 def _accompany(row: int, batching: Batching, random: np.random.Generator) -> list[int]:

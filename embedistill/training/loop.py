@@ -27,7 +27,15 @@ from embedistill.errors import EmbedistillError
 from embedistill.files import read_json, remove, write_json, written_aside
 from embedistill.progress import note, progress_bar
 from embedistill.ranks import rank, world_size
-from embedistill.training.batches import Batching, BudgetSampler, Rows, TargetCollator, Targets, count_tokens
+from embedistill.training.batches import (
+    Batching,
+    BudgetSampler,
+    Rows,
+    TargetCollator,
+    Targets,
+    count_batches,
+    count_tokens,
+)
 from embedistill.training.callbacks import Stopwatch, Watch, last_whole_checkpoint
 from embedistill.training.objectives import DistillationLoss
 from embedistill.training.packed import without_padding
@@ -259,9 +267,7 @@ class _Training:
 
     def _plan_steps(self) -> int:
         """Return the steps of the epochs, or those asked for or fitting into the minutes where these are fewer."""
-        schedule, n_texts = self.schedule, len(self.lengths)
-        by_tokens = self.lengths.sum() / self.batching.tokens if self.batching.tokens else 0
-        an_epoch = math.ceil(max(n_texts / self.batching.size, by_tokens))
+        schedule, an_epoch = self.schedule, count_batches(self.lengths, self.batching)
         wanted = max(1, round(schedule.epochs * an_epoch))
         wanted = min(wanted, schedule.steps or wanted)
         if schedule.minutes is None or wanted < 4:
