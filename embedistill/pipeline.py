@@ -293,6 +293,7 @@ class _Line:
                 log_path=self.folder / (f"{log}.jsonl" if number == 0 else f"{log}-{number}.jsonl"),
                 dev=self._open_dev(student, projection),
                 partners=lessons.partners[:, 0],
+                kin=lessons.kin,
                 is_first=number == 0,
             )
         return student

@@ -9,6 +9,8 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sentence_transformers import SentenceTransformer
 
 from embedistill.choices import Kind, Phase
@@ -36,12 +38,14 @@ class Lessons:
         queries: Whether each is a query, shape (n_texts,).
         targets: The teacher's vectors, in the student's space, by row of `inputs`.
         partners: Rows of each text's positive and negative, shape (n_texts, 2), -1: it has none.
+        kin: A number of each text, shape (n_texts,): the same of texts that pairs link, directly or by way of others.
     """
 
     inputs: Sequence[str]
     queries: npt.NDArray[np.bool_]
     targets: Targets
     partners: Rows
+    kin: Rows
 
 
 def check_training(
@@ -100,7 +104,7 @@ def list_lessons(
         UsageError: There are fewer than two such texts.
     """
     queries = np.repeat([kind == "query" for kind in texts], [len(some) for some in texts.values()])
-    partners = _find_partners(records, texts)
+    partners, kin = _find_partners(records, texts)
     paired = partners[:, 0] >= 0
     paired[partners[paired, 1][partners[paired, 1] >= 0]] = True  # their hard negatives
     chosen = {"all": np.ones_like(queries), "queries": queries, "pairs": paired}[on]
@@ -114,6 +118,7 @@ def list_lessons(
         queries=queries[rows],
         targets=lambda batch: project(targets(rows[batch]), projection),
         partners=moved[partners[rows]],
+        kin=kin[rows],
     )
 
 
@@ -122,11 +127,11 @@ def list_inputs(model: SentenceTransformer, texts_by_kind: Mapping[Kind, Sequenc
     return [find_prompt(model, kind) + text for kind, texts in texts_by_kind.items() for text in texts]
 
 
-def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]]) -> npt.NDArray[np.int64]:
-    """Return the rows of each text's positive and negative, shape (n_texts, 2); -1: it has none.
+def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]]) -> tuple[Rows, Rows]:
+    """Return the rows of each text's positive and negative, shape (n_texts, 2), -1: it has none; and who is kin.
 
-    Rows count through the texts of all kinds in turn. The positive of a query is its document, that of a document the
-    first of its queries.
+    Rows count through the texts of all kinds in turn. The positive of a query is the first of its documents, that of a
+    document the first of its queries.
     """
     starts = np.cumsum([0, *(len(some) for some in texts.values())]).tolist()
     rows = {
@@ -135,13 +140,18 @@ def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]
         for number, text in enumerate(some)
     }
     partners = np.full((starts[-1], 2), -1)
+    links: list[tuple[int, int]] = []
     for record in records:
         query, document = rows.get(("query", record.query or "")), rows.get(("document", record.document))
         if query is not None and document is not None:
-            partners[query] = document, rows.get(("document", record.negative or ""), -1)
+            links.append((query, document))
+            if partners[query, 0] < 0:
+                partners[query] = document, rows.get(("document", record.negative or ""), -1)
             if partners[document, 0] < 0:
                 partners[document, 0] = query
-    return partners
+    ends = np.array(links, np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(partners), len(partners)))
+    return partners, connected_components(graph, directed=False)[1].astype(np.int64)
 
 
 def texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:

@@ -35,6 +35,19 @@ def test_partners_are_rows_of_the_texts_that_a_training_is_on() -> None:
         assert batching.difficulty.tolist() == [0, 0, 0, 1, 1]
 
 
+def test_texts_that_pairs_link_are_kin_and_the_first_document_is_the_positive() -> None:
+    records = [Record("alone"), Record("d1", query="q"), Record("d2", query="q", negative="n"), Record("d2", query="r")]
+    texts = texts_by_kind(records)
+    assert texts == {"document": ["alone", "d1", "d2", "n"], "query": ["q", "r"]}
+    found = list_lessons(
+        STUDENT, records, texts, lambda rows: np.eye(7, dtype=np.float32)[rows], projection=None, on="all"
+    )
+    assert found.partners[:, 0].tolist() == [-1, 4, 4, -1, 1, 2]
+    alone, first, second, negative, query, other = found.kin.tolist()
+    assert first == second == query == other
+    assert len({alone, negative, query}) == 3
+
+
 def test_each_layer_follows_the_one_of_its_teacher_that_it_was_made_of() -> None:
     teacher: Any = [SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_hidden_layers=12)))]
     assert _default_pairs(teacher, [0, 4, 8, 11]) == [(2, 8), (3, 11)]

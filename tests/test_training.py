@@ -77,7 +77,8 @@ def weigh(**weights: float) -> dict[str, Course]:
 
 
 def label(teacher: torch.Tensor, *positives: int) -> dict[str, torch.Tensor]:
-    return {"vectors": teacher, "positives": torch.tensor(positives or [-1] * len(teacher))}
+    places = torch.tensor(positives or [-1] * len(teacher))
+    return {"vectors": teacher, "positives": places, "kin": torch.arange(len(teacher))}
 
 
 def test_the_loss_is_its_weighted_terms() -> None:
@@ -280,6 +281,11 @@ def test_collated_labels_are_vectors_and_places_of_positives(setting: SimpleName
     batch = collator([{"text": setting.texts[row], "label": row} for row in (5, 7, 3)])
     np.testing.assert_array_equal(batch["label"]["vectors"].numpy(), setting.vectors[[5, 7, 3]])
     assert batch["label"]["positives"].tolist() == [-1, 2, 1]
+    assert batch["label"]["kin"].tolist() == [5, 7, 3]
+    batch = replace(collator, kin=np.arange(len(setting.texts)) // 4)(
+        [{"text": "ship", "label": row} for row in (5, 7, 3)]
+    )
+    assert batch["label"]["kin"].tolist() == [1, 1, 0]
 
 
 def test_ranking_by_hand() -> None:
@@ -303,9 +309,29 @@ def test_contrast_of_pairs_by_hand_masks_false_negatives() -> None:
     """Text 0 has text 1 as its positive; the teacher finds text 2 as near, and text 3 not."""
     teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.0, 1.0]])
     student = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
-    found = contrast_pairs(student, teacher, torch.tensor([1, -1, -1, -1]), 0.5).item()
+    alone, positives = torch.arange(4), torch.tensor([1, -1, -1, -1])
+    found = contrast_pairs(student, teacher, positives, alone, 0.5).item()
     assert found == pytest.approx(-math.log(math.exp(0.6 / 0.5) / (math.exp(0.6 / 0.5) + math.exp(0))), rel=1e-5)
-    assert contrast_pairs(student, teacher, torch.tensor([-1] * 4), 0.5).item() == 0
+    assert contrast_pairs(student, teacher, torch.tensor([-1] * 4), alone, 0.5).item() == 0
+
+
+def test_contrast_of_pairs_does_not_push_apart_what_pairs_link() -> None:
+    """Text 0 has the positives 1 and 2, of which one is drawn near here; the other and text 3 are far for the teacher."""
+    teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, -1.0]])
+    student = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    positives = torch.tensor([1, -1, -1, -1])
+    linked = contrast_pairs(student, teacher, positives, torch.tensor([7, 7, 7, 3]), 0.5).item()
+    assert linked == pytest.approx(-math.log(math.exp(0.6 / 0.5) / (math.exp(0.6 / 0.5) + math.exp(0))), rel=1e-5)
+    apart = contrast_pairs(student, teacher, positives, torch.arange(4), 0.5).item()
+    assert apart > linked
+
+
+def test_a_positive_that_the_teacher_finds_far_has_negatives_all_the_same() -> None:
+    """The teacher has the positive at a cosine of -.6 and text 2 at -.62, as near; text 3, at -.8, is a negative."""
+    teacher = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [-0.62, 0.7846], [-0.8, 0.6]])
+    positives = torch.tensor([1, -1, -1, -1])
+    found = contrast_pairs(teacher, teacher, positives, torch.arange(4), 0.5).item()
+    assert found == pytest.approx(-math.log(math.exp(-1.2) / (math.exp(-1.2) + math.exp(-1.6))), rel=1e-4)
 
 
 def test_a_learned_temperature_is_learned_and_stays_in_its_bounds() -> None:

@@ -281,18 +281,20 @@ class TargetCollator(SentenceTransformerDataCollator):
 
     targets: Targets
     partners: Rows | None = None
+    kin: Rows | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the trainer's batch.
 
-        Its labels are the teacher's vectors (batch, dim) and the place in the batch of each text's positive, (batch,),
-        -1 where it has none.
+        Its labels are the teacher's vectors (batch, dim), the place in the batch of each text's positive, (batch,), -1
+        where it has none, and who is kin, (batch,).
         """
         batch: dict[str, Any] = super().__call__(features)
         rows = batch["label"].numpy()
         batch["label"] = {
             "vectors": torch.from_numpy(self.targets(rows)),
             "positives": torch.from_numpy(self._find_positives(rows)),
+            "kin": torch.from_numpy(rows if self.kin is None else self.kin[rows]),
         }
         return batch
 

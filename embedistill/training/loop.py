@@ -77,6 +77,7 @@ def train(
     log_path: Path,
     dev: Dev | None = None,
     partners: Rows | None = None,
+    kin: Rows | None = None,
     is_first: bool = True,
 ) -> SentenceTransformer:
     """Train a student in place on the teacher's vectors of its texts, and return it.
@@ -98,6 +99,7 @@ def train(
         log_path: File for the log, one JSON object a line.
         dev: Texts that are not trained on, to watch the student on.
         partners: Row of each text's positive, shape (n_texts,), -1: it has none; None: no text has.
+        kin: A number of each text, shape (n_texts,), the same of texts that pairs link; None: no text is linked.
         is_first: Whether no other training of this student came before.
 
     Raises:
@@ -108,7 +110,7 @@ def train(
     training = _Training(
         student=student,
         dataset=Dataset.from_dict({"text": list(texts), "label": np.arange(len(texts))}),
-        collator=TargetCollator(student.preprocess, targets=targets, partners=partners),
+        collator=TargetCollator(student.preprocess, targets=targets, partners=partners, kin=kin),
         loss=loss,
         batching=batching,
         schedule=schedule,

@@ -21,7 +21,7 @@ Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "p
 
 _BALANCED_EVERY = 50
 _NEAREST = 8
-_FALSE_NEGATIVE = 0.95
+_FALSE_NEGATIVE = 0.05  # of the cosine to the positive: what is no farther below it is as near
 _BOUNDS = (0.0, math.log(100))  # of the logarithm of 1 / temperature
 
 
@@ -43,7 +43,8 @@ class DistillationLoss(nn.Module):
     """The weighted sum of the terms whose weight is above zero, each logged by itself.
 
     Inputs: one text column. Labels: `vectors`, teacher embeddings in the student's space, unit length, shape (batch,
-    dim); `positives`, the place in the batch of each text's positive, shape (batch,), -1 where it has none.
+    dim); `positives`, the place in the batch of each text's positive, shape (batch,), -1 where it has none; `kin`, a
+    number of each text, shape (batch,), the same of texts that pairs link.
 
     Where several processes train, every term is over the texts of all of them.
 
@@ -116,24 +117,24 @@ class DistillationLoss(nn.Module):
                 student = self.model(features)["sentence_embedding"].float()
         else:
             student = self.model(features)["sentence_embedding"].float()
-        student, teacher, positives = _gather(student, labels)
+        student, teacher, positives, kin = _gather(student, labels)
         sizes = dict.fromkeys([*self.prefixes, student.shape[1]])
         cut = [[functional.normalize(vectors[:, :size], dim=1) for vectors in (student, teacher)] for size in sizes]
         terms = {
-            term: torch.stack([self._term(term, own, theirs, positives) for own, theirs in cut]).mean()
+            term: torch.stack([self._term(term, own, theirs, positives, kin) for own, theirs in cut]).mean()
             for term in self.weights
         }
         norms = self._measure(terms) if self.balance else dict.fromkeys(terms, 1.0)
         return {term: self.weights[term].at(self.progress) * value / norms[term] for term, value in terms.items()}
 
-    def _term(self, term: Term, student: Tensor, teacher: Tensor, positives: Tensor) -> Tensor:
+    def _term(self, term: Term, student: Tensor, teacher: Tensor, positives: Tensor, kin: Tensor) -> Tensor:
         functions: dict[Term, Callable[[], Tensor]] = {
             "embedding": lambda: self._embedding.compute_loss_from_embeddings([student], [teacher]),
             "similarity": lambda: similarity_divergence(student, teacher, _constant(self.temperature)),
             "matrix": lambda: matrix_distance(student, teacher),
             "contrastive": lambda: contrast(student, teacher, self.temperature),
             "ranking": lambda: ranking_distance(student, teacher),
-            "pairs": lambda: contrast_pairs(student, teacher, positives, self.temperature),
+            "pairs": lambda: contrast_pairs(student, teacher, positives, kin, self.temperature),
             "layers": lambda: cast(Internals, self.internals).distance("layers"),
             "attention": lambda: cast(Internals, self.internals).distance("attention"),
             "spread": lambda: torch.stack(self._spread.compute_gor(student)).sum(),
@@ -168,17 +169,18 @@ def _constant(temperature: float | Tensor) -> float | Tensor:
     return temperature.detach() if isinstance(temperature, Tensor) else temperature
 
 
-def _gather(student: Tensor, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return student vectors, teacher vectors and positives of all processes."""
-    teacher, positives = labels["vectors"], labels["positives"]
+def _gather(student: Tensor, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return student vectors, teacher vectors, positives and kin of all processes."""
+    teacher, positives, kin = labels["vectors"], labels["positives"], labels["kin"]
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return student, teacher, positives
+        return student, teacher, positives, kin
     offset = len(student) * torch.distributed.get_rank()
     moved = torch.where(positives < 0, positives, positives + offset)
     return (
         cast(Tensor, all_gather_with_grad(student)),
         cast(Tensor, all_gather(teacher)),
         cast(Tensor, all_gather(moved)),
+        cast(Tensor, all_gather(kin)),
     )
 
 
@@ -263,16 +265,20 @@ def ranking_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (functional.relu(margins - reached) * counted).sum() / counted.sum().clamp(min=1)
 
 
-def contrast_pairs(student: Tensor, teacher: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
+def contrast_pairs(
+    student: Tensor, teacher: Tensor, positives: Tensor, kin: Tensor, temperature: float | Tensor
+) -> Tensor:
     """Return InfoNCE (van den Oord et al., 2018) of the texts that have a positive in the batch.
 
-    The mean over these i of -log softmax_k(<s_i, s_k> / T) at k = positive(i), over k != i. A text that the teacher
-    finds at least 95 % as near to i as its positive is no negative (NV-Retriever, Moreira et al., 2024).
+    The mean over these i of -log softmax_k(<s_i, s_k> / T) at k = positive(i), over k != i. No negative is what pairs
+    link to i, such as another answer to the same question, nor a text that the teacher finds about as near to i as its
+    positive, by a twentieth of that cosine (NV-Retriever, Moreira et al., 2024).
 
     Args:
         student: Unit vectors, shape (batch, dim).
         teacher: Unit vectors, shape (batch, any dim).
         positives: Place of each text's positive, shape (batch,), -1: it has none.
+        kin: A number of each text, shape (batch,), the same of texts that pairs link.
         temperature: T.
 
     Returns:
@@ -283,7 +289,8 @@ def contrast_pairs(student: Tensor, teacher: Tensor, positives: Tensor, temperat
         return student.sum() * 0
     own = positives[rows]
     known = teacher[rows] @ teacher.T
-    masked = known > _FALSE_NEGATIVE * known.gather(1, own[:, None])
+    reached = known.gather(1, own[:, None])
+    masked = (known > reached - _FALSE_NEGATIVE * reached.abs()) | (kin[rows][:, None] == kin)
     masked = masked.scatter(1, own[:, None], value=False).scatter(1, rows[:, None], value=True)
     logits = (student[rows] @ student.T / temperature).masked_fill(masked, -1e4)
     return functional.cross_entropy(logits, own)
