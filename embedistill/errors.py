@@ -24,6 +24,10 @@ class EmbedistillError(Exception):
         super().__init__("; ".join([f"{where}: {found}", *tail]))
 
 
+class LostError(EmbedistillError):
+    """A training whose student is lost: not finite, collapsed or diverged."""
+
+
 class UsageError(EmbedistillError):
     """Wrong use: a recipe, an argument or an input file that has to be changed first."""
 

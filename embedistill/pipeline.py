@@ -67,6 +67,7 @@ from embedistill.training.readings import Dev
 ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
+_WATCHED, _FEWEST_WATCHED = 128, 8  # training texts of a kind; texts in all
 _MODEL_COPIES = 4  # a student of half its teacher's size twice, and two checkpoints with their optimiser states
 
 
@@ -299,11 +300,17 @@ class _Line:
         return student
 
     def _open_dev(self, student: SentenceTransformer, projection: Matrix | None) -> Dev | None:
-        if not any(self.material.watched.values()):
+        """Return what a student in training is watched on: texts that are kept out, else some that it is trained on."""
+        watched = self.material.watched
+        kept_out = any(watched.values())
+        if not kept_out:
+            watched = {kind: texts[:_WATCHED] for kind, texts in self.material.trained.items()}
+        if sum(map(len, watched.values())) < _FEWEST_WATCHED:
             return None
-        vectors = [self.teacher.vectors(texts, kind) for kind, texts in self.material.watched.items() if texts]
+        vectors = [self.teacher.vectors(texts, kind) for kind, texts in watched.items() if texts]
+        targets = project(np.concatenate(vectors), projection)
         score = self.examination.score if self.examination.watched else None
-        return Dev(list_inputs(student, self.material.watched), project(np.concatenate(vectors), projection), score)
+        return Dev(list_inputs(student, watched), targets, score, kept_out)
 
     def evaluate(self) -> dict[str, Any]:
         named, section = self.tasks, self.recipe.evaluation

@@ -24,7 +24,8 @@ def test_two_processes_give_the_student_of_one(recipe_file: Path, tmp_path: Path
         "training.learning_rate=1e-3",
         "training.dev_size=0",
         "training.objectives={embedding: 1, similarity: 1, contrastive: 0.5}",
-        "training.batch_size=16",
+        "training.batch_size=64",
+        "training.batch_tokens=200",
         "evaluation.tasks=[agreement]",
         "search=null",
     ]

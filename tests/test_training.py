@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from embedistill.architectures import read_config
-from embedistill.errors import EmbedistillError, UsageError
+from embedistill.errors import EmbedistillError, LostError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
-from embedistill.training import callbacks
+from embedistill.training import callbacks, objectives
 from embedistill.training.batches import (
     Batching,
     BudgetSampler,
@@ -316,7 +316,7 @@ def test_contrast_of_pairs_by_hand_masks_false_negatives() -> None:
 
 
 def test_contrast_of_pairs_does_not_push_apart_what_pairs_link() -> None:
-    """Text 0 has the positives 1 and 2, of which one is drawn near here; the other and text 3 are far for the teacher."""
+    """Text 0 has the positives 1 and 2, of which 2 is far for the teacher, as is text 3, which nothing links to it."""
     teacher = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, -1.0]])
     student = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
     positives = torch.tensor([1, -1, -1, -1])
@@ -603,9 +603,32 @@ def test_a_stopped_training_goes_on_to_the_same_student(
     assert read == ([0, *range(3, 31, 3)] if watched else [])
 
 
-def test_a_lost_loss_stops_the_run_and_says_why(setting: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(EmbedistillError, match=r"training, step \d+: .*not finite; lower training\.learning_rate"):
-        run(setting, tmp_path, targets=lambda rows: setting.vectors[rows] * np.float32("nan"))
+def test_a_lost_loss_stops_the_run_and_says_at_which_step_and_why(setting: SimpleNamespace, tmp_path: Path) -> None:
+    reads: list[int] = []
+
+    def damaged(rows: np.ndarray) -> np.ndarray:
+        reads.append(len(rows))
+        return setting.vectors[rows] * np.float32("nan" if len(reads) == 7 else 1)
+
+    with pytest.raises(EmbedistillError, match="training, step 7: the teacher's vectors not finite; embedistill cache"):
+        run(setting, tmp_path, targets=damaged)
+    run(setting, tmp_path, targets=damaged)  # and goes on when the cache is mended
+
+
+def test_a_term_that_is_not_finite_is_named(
+    setting: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def overflowing(*given: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return given[0].sum() * (math.inf if len(calls) == 5 else 0.0)
+
+    monkeypatch.setattr(objectives, "matrix_distance", overflowing)
+    student = setting.make_student()
+    loss = DistillationLoss(student, weigh(embedding=1, matrix=1), Course(0.1, 0.1))
+    with pytest.raises(LostError, match=r"training, step 5: the term matrix not finite; lower training\.learning_rate"):
+        run(setting, tmp_path, student=student, loss=loss)
 
 
 def test_minutes_bound_the_steps_and_leave_the_student_as_it_was(
@@ -715,7 +738,7 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_not_gone_on_from(
         return setting.vectors[rows] * np.float32("nan" if batches > 8 else 1)
 
     schedule = replace(SCHEDULE, checkpoint_steps=2, epochs=100, steps=400)  # the loss is looked at on every 20th step
-    with pytest.raises(EmbedistillError, match="step 10: weights not finite"):
+    with pytest.raises(EmbedistillError, match="step 9: the teacher's vectors not finite"):
         run(setting, tmp_path, targets=spoilt, schedule=schedule)
     whole = sorted((tmp_path / "checkpoints").glob("checkpoint-*/complete"))
     assert [path.parent.name for path in whole] == ["checkpoint-8"]
@@ -735,10 +758,27 @@ def test_a_student_that_is_lost_stops_the_run_and_leaves_the_best_weights(
     torch.testing.assert_close(weights[name], dev.seen[1][name])
 
 
-def test_a_learning_rate_far_too_high_is_found_out(setting: SimpleNamespace, tmp_path: Path) -> None:
-    dev = Dev(setting.texts[:60], setting.vectors[:60])
-    with pytest.raises(EmbedistillError, match=r"the student (collapsed|diverged).*lower training\.learning_rate"):
+@pytest.mark.parametrize("kept_out", [True, False])
+def test_a_learning_rate_far_too_high_is_found_out(setting: SimpleNamespace, tmp_path: Path, kept_out: bool) -> None:
+    dev = Dev(setting.texts[:60], setting.vectors[:60], kept_out=kept_out)
+    terms = r"from step \d+ to \d+: embedding [\d.]+ to [\d.]+, similarity [\d.]+ to [\d.]+"
+    expected = rf"the student (collapsed|diverged).*; {terms}; lower training\.learning_rate"
+    with pytest.raises(LostError, match=expected) as caught:
         run(setting, tmp_path, schedule=replace(SCHEDULE, learning_rate=1.0), dev=dev)
+    assert ("best.safetensors" in str(caught.value)) == kept_out == (tmp_path / "checkpoints" / "best.json").exists()
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(LostError, match=re.escape(str(caught.value))):  # at once, not after the same steps again
+        run(setting, tmp_path, schedule=replace(SCHEDULE, learning_rate=1.0), dev=dev, targets=pytest.fail)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_on_texts_that_are_trained_on_the_last_weights_stay(setting: SimpleNamespace, tmp_path: Path) -> None:
+    dev = Dev(setting.texts[:60], setting.vectors[:60], kept_out=False)
+    watched, alone = run(setting, tmp_path / "watched", dev=dev), run(setting, tmp_path / "alone")
+    np.testing.assert_allclose(watched.encode(setting.texts), alone.encode(setting.texts), atol=1e-6)
+    log = [json.loads(line) for line in (tmp_path / "watched" / "log.jsonl").read_text().splitlines()]
+    assert sum("trained_cosine" in entry for entry in log) == 11
+    assert not any("dev_cosine" in entry for entry in log)
 
 
 def test_out_of_memory_halves_the_batches_and_goes_on(

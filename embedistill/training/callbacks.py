@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from embedistill.errors import EmbedistillError
+from embedistill.errors import EmbedistillError, LostError
 from embedistill.files import remove, write_text
 from embedistill.ranks import rank, world_size
 from embedistill.training.objectives import DistillationLoss
+from embedistill.training.readings import DEV, TRAINED
 
 _COMPLETE = "complete"
 _LOSS_STATE = "loss.safetensors"
@@ -43,7 +44,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the loss how far the training is."""
-        self.loss.progress = state.global_step / state.max_steps
+        self.loss.step, self.loss.progress = state.global_step + 1, state.global_step / max(1, state.max_steps - 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show that a step is done."""
@@ -55,10 +56,13 @@ class Watch(TrainerCallback):
         Raises:
             EmbedistillError: It does.
         """
-        last = {name: value for name, value in state.log_history[-1].items() if not name.startswith("dev_")}
+        entry = state.log_history[-1]
+        if "loss" in entry and {"similarity", "contrastive", "pairs"} & set(self.loss.weights):
+            entry["temperature"] = float(self.loss.temperature)
+        last = {name: value for name, value in entry.items() if not name.startswith((DEV, TRAINED))}
         lost = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
         if lost:
-            raise _not_finite(state, ", ".join(lost))
+            raise self._not_finite(state, lost)
         if state.is_world_process_zero:
             write_text(self.log_path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
 
@@ -69,7 +73,7 @@ class Watch(TrainerCallback):
             EmbedistillError: They are not.
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in self.loss.parameters()):
-            raise _not_finite(state, "weights")  # before further ones take the place of the last good checkpoint
+            raise self._not_finite(state, ["weights"])  # before further ones take the place of the last good checkpoint
         if state.is_world_process_zero:
             if own := self.loss.own_state():
                 save_file(own, self._checkpoint(state) / _LOSS_STATE)
@@ -78,10 +82,14 @@ class Watch(TrainerCallback):
     def _checkpoint(self, state: TrainerState) -> Path:
         return self.folder / f"checkpoint-{state.global_step}"
 
-
-def _not_finite(state: TrainerState, what: str) -> EmbedistillError:
-    do = "lower training.learning_rate, or set training.dtype=float32"
-    return EmbedistillError(f"training, step {state.global_step}", f"{what} not finite", do=do)
+    def _not_finite(self, state: TrainerState, logged: list[str]) -> EmbedistillError:
+        """Return an error that names the step and what was the first to be lost in it."""
+        step, names = self.loss.find_lost() or (state.global_step, logged)
+        first = [name for name in names if name.endswith("vectors")][:1] or names  # of which the terms follow
+        where, found = f"training, step {step}", f"{', '.join(first)} not finite"
+        if "teacher" in first[0]:
+            return EmbedistillError(where, found, do="embedistill cache verify finds what is damaged in the cache")
+        return LostError(where, found, do="lower training.learning_rate, or set training.dtype=float32")
 
 
 class Stopwatch(TrainerCallback):

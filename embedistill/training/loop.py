@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import PrinterCallback, TrainerCallback
 
 from embedistill.encoding.hardware import find_training_device
-from embedistill.errors import EmbedistillError
+from embedistill.errors import EmbedistillError, LostError
 from embedistill.files import read_json, remove, write_json, written_aside
 from embedistill.progress import note, progress_bar
 from embedistill.ranks import rank, world_size
@@ -97,15 +97,19 @@ def train(
         schedule: How long, how fast and in what steps.
         work_dir: Folder for checkpoints and for the number of steps that a time budget came to.
         log_path: File for the log, one JSON object a line.
-        dev: Texts that are not trained on, to watch the student on.
+        dev: Texts to watch the student on; of those that are not trained on, the best weights are kept.
         partners: Row of each text's positive, shape (n_texts,), -1: it has none; None: no text has.
         kin: A number of each text, shape (n_texts,), the same of texts that pairs link; None: no text is linked.
         is_first: Whether no other training of this student came before.
 
     Raises:
-        EmbedistillError: The loss is not finite, the student collapsed or diverged, or memory does not hold four texts.
+        LostError: The loss is not finite, or the student collapsed or diverged; or it did when this was tried before.
             Checkpoints and the best weights stay in `work_dir`.
+        EmbedistillError: Memory does not hold four texts.
     """
+    lost = work_dir / "lost.json"
+    if lost.is_file():
+        raise LostError(**read_json(lost))  # the same steps come to the same end
     _switch_dropout_off(student)
     training = _Training(
         student=student,
@@ -127,6 +131,10 @@ def train(
         while not training.done:
             try:
                 training.run()
+            except LostError as error:
+                if rank() == 0:
+                    write_json(lost, {"where": error.where, "found": error.found, "do": error.do})
+                raise
             except (RuntimeError, MemoryError) as error:
                 training.halve(error)
             gc.collect()  # what ran out of memory is held by its frames until here

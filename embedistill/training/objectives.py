@@ -20,6 +20,7 @@ from embedistill.training.internals import Internals
 Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "pairs", "layers", "attention", "spread"]
 
 _BALANCED_EVERY = 50
+_NEVER = 2**62
 _NEAREST = 8
 _FALSE_NEGATIVE = 0.05  # of the cosine to the positive: what is no farther below it is as near
 _BOUNDS = (0.0, math.log(100))  # of the logarithm of 1 / temperature
@@ -64,6 +65,7 @@ class DistillationLoss(nn.Module):
 
     Attributes:
         progress: The share of the training that is done, 0 to 1; whoever trains sets it.
+        step: The number of the step at work, from 1; whoever trains sets it.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.model = model
         self.weights = {term: weight for term, weight in weights.items() if weight.start > 0 or weight.end > 0}
-        self.course, self.prefixes, self.progress = temperature, tuple(prefixes), 0.0
+        self.course, self.prefixes, self.progress, self.step = temperature, tuple(prefixes), 0.0, 1
+        self._lost_at: dict[str, Tensor] = {}
         self.balance, self.internals = balance, internals
         self._embedding = EmbedDistillLoss(model, distance_metric="cosine")
         self._spread = GlobalOrthogonalRegularizationLoss(model)
@@ -104,6 +107,18 @@ class DistillationLoss(nn.Module):
         kept = [name for name, _ in self.named_parameters() if not name.startswith(("model.", "_"))]
         return {name: value for name, value in self.state_dict().items() if name in {*kept, "norms", "calls"}}
 
+    def find_lost(self) -> tuple[int, list[str]] | None:
+        """Return the first step at which something was not finite, and what: causes before what follows of them."""
+        found = [(int(step), name) for name, step in self._lost_at.items()]
+        first = min((step for step, _ in found), default=_NEVER)
+        return None if first == _NEVER else (first, [name for step, name in found if step == first])
+
+    def _look_at(self, name: str, values: Tensor) -> None:
+        """Note the first step at which some values are not finite, without waiting for a GPU."""
+        finite = torch.isfinite(values.detach()).all()
+        before = self._lost_at.get(name, torch.tensor(_NEVER, device=values.device))
+        self._lost_at[name] = torch.where(finite, before, before.clamp(max=self.step))
+
     def forward(
         self, sentence_features: Sequence[dict[str, Tensor]], labels: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -118,12 +133,16 @@ class DistillationLoss(nn.Module):
         else:
             student = self.model(features)["sentence_embedding"].float()
         student, teacher, positives, kin = _gather(student, labels)
+        self._look_at("the teacher's vectors", teacher)
+        self._look_at("the student's vectors", student)
         sizes = dict.fromkeys([*self.prefixes, student.shape[1]])
         cut = [[functional.normalize(vectors[:, :size], dim=1) for vectors in (student, teacher)] for size in sizes]
         terms = {
             term: torch.stack([self._term(term, own, theirs, positives, kin) for own, theirs in cut]).mean()
             for term in self.weights
         }
+        for term, value in terms.items():
+            self._look_at(f"the term {term}", value)
         norms = self._measure(terms) if self.balance else dict.fromkeys(terms, 1.0)
         return {term: self.weights[term].at(self.progress) * value / norms[term] for term, value in terms.items()}
 

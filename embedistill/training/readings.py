@@ -16,11 +16,13 @@ from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from embedistill.errors import EmbedistillError
+from embedistill.errors import LostError
 from embedistill.files import read_json, remove, write_json, written_aside
 from embedistill.progress import note
 
 Criterion = Literal["cosine", "similarity"]
+DEV, TRAINED = "dev_", "trained_"
+"""How the names of readings begin in the log: on texts that are kept out of the training, or on some of its own."""
 
 _COLLAPSED = 0.25  # of the spread or rank that the teacher or the untrained student has, whichever is less
 _DIVERGED = 0.7  # of the untrained student's cosine, or similarity, to its teacher
@@ -32,14 +34,16 @@ class Dev:
     """What a student in training is watched on.
 
     Attributes:
-        texts: Texts that are not trained on, as the student sees them.
+        texts: Texts, as the student sees them.
         vectors: The teacher's vectors of them, (n_texts, dim).
         score: Scores the student in another way; logged, and nothing else.
+        kept_out: Whether they are texts that are not trained on. Others tell a student that is lost, and not the best.
     """
 
     texts: Sequence[str]
     vectors: npt.NDArray[np.float32]
     score: Callable[[SentenceTransformer], float] | None = None
+    kept_out: bool = True
 
     def read(self, student: SentenceTransformer) -> Reading:
         """Encode the texts, and return how the student does; it is in training mode again afterwards."""
@@ -95,9 +99,8 @@ def find_fault(now: Reading, untrained: Reading, teacher: Reading, criterion: Cr
         value, least = getattr(now, name), _COLLAPSED * min(getattr(untrained, name), getattr(teacher, name))
         if value < least:
             return f"collapsed, {what}: {name} {value:.3g}, where {getattr(untrained, name):.3g} was at the start"
-    value, least = getattr(now, criterion), _DIVERGED * getattr(untrained, criterion)
-    if value < least:
-        start = getattr(untrained, criterion)
+    value, start = getattr(now, criterion), getattr(untrained, criterion)
+    if value < start - (1 - _DIVERGED) * abs(start):
         return f"diverged: {criterion} to the teacher's {value:.3f}, where {start:.3f} was at the start"
     return None
 
@@ -107,8 +110,8 @@ class KeepBest(TrainerCallback):
     """Reads a student every so many steps, keeps its best weights in a folder, and stops where it is lost.
 
     Readings go to the trainer's log, and so into its checkpoints. The best step is the one nearest to the teacher by
-    the criterion, step 0 among them only with `from_the_start`. A student that is found lost by two readings in a row,
-    or by the last one, is given up.
+    the criterion, step 0 among them only with `from_the_start`; on texts that it is trained on none is told. A student
+    that is found lost by two readings in a row, or by the last one, is given up.
     """
 
     student: SentenceTransformer
@@ -148,16 +151,19 @@ class KeepBest(TrainerCallback):
 
     def _read(self, state: TrainerState, control: TrainerControl) -> None:
         reading = self._look()
-        entry = {f"dev_{name}": value for name, value in asdict(reading).items()}
+        entry = {self._prefix + name: value for name, value in asdict(reading).items()}
         due = control.should_log
         self.log(entry | self.dev.score_too(self.student))
         control.should_log = due  # a log of ours is not the one that the trainer is due
-        score = getattr(reading, self.criterion)
+        if self.dev.kept_out:
+            self._keep_if_best(getattr(reading, self.criterion), state)
+        self._stop_if_lost(reading, state)
+
+    def _keep_if_best(self, score: float, state: TrainerState) -> None:
         best = read_json(self._described) if self._described.is_file() else None
         only_start = best and best["step"] == 0 and not self.from_the_start
         if best is None or only_start or score > best["score"]:
             self._keep(score, state.global_step)
-        self._stop_if_lost(reading, state)
 
     def _look(self) -> Reading:
         with torch.autocast(self.student.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
@@ -169,19 +175,39 @@ class KeepBest(TrainerCallback):
         write_json(self._described, {"score": score, "step": step})
 
     def _stop_if_lost(self, reading: Reading, state: TrainerState) -> None:
-        first = next(entry for entry in state.log_history if "dev_cosine" in entry)
-        untrained = Reading(**{name: first[f"dev_{name}"] for name in asdict(reading)})
+        first = next(entry for entry in state.log_history if f"{self._prefix}cosine" in entry)
+        untrained = Reading(**{name: first[self._prefix + name] for name in asdict(reading)})
         fault = find_fault(reading, untrained, self._teacher, self.criterion)
         self._faults = self._faults + 1 if fault else 0
         if fault and (self._faults == _PATIENCE or state.global_step == state.max_steps):
-            where, best = f"training, step {state.global_step}", read_json(self._described)
-            do = f"lower training.learning_rate; the weights of step {best['step']}, the best, are in {self._weights}"
-            raise EmbedistillError(where, f"the student {fault}", do=do)
+            do = "lower training.learning_rate"
+            if self.criterion != "cosine":
+                do += ", or give training.objectives.embedding a weight"
+            if self.dev.kept_out:
+                do += f"; the weights of step {read_json(self._described)['step']}, the best, are in {self._weights}"
+            raise LostError(f"training, step {state.global_step}", f"the student {fault}{_tell_terms(state)}", do=do)
+
+    @property
+    def _prefix(self) -> str:
+        return DEV if self.dev.kept_out else TRAINED
 
     def restore(self) -> None:
-        """Give the student its best weights back."""
+        """Give the student its best weights back, where they were told."""
+        if not self.dev.kept_out:
+            return
         best = read_json(self._described)
         load_model(self.student, str(self._weights))
         note(f"Kept: the weights of step {best['step']:,}, {self.criterion} {best['score']:.4f} on texts kept out")
         if best["step"] == 0:
             note("No step was better than the untrained student: lower training.learning_rate, or train for longer")
+
+
+def _tell_terms(state: TrainerState) -> str:
+    """Return how the terms of the loss went, as far as they are logged."""
+    logged = [entry for entry in state.log_history if "loss" in entry]
+    if len(logged) < 2:
+        return ""
+    first, last = logged[0], logged[-1]
+    others = {"loss", "grad_norm", "learning_rate", "epoch", "step", "temperature"}
+    terms = ", ".join(f"{name} {first[name]:.3g} to {last[name]:.3g}" for name in last if name not in others)
+    return f"; from step {first['step']} to {last['step']}: {terms}"
