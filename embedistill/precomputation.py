@@ -54,7 +54,11 @@ def read_records(section: CorpusSection) -> Iterator[Record | None]:
     if section.pairs:
         yield from read_pairs(Path(section.pairs), max_characters=section.max_characters, bad_rows=section.bad_rows)
     columns = Columns(
-        section.text_column, section.query_column, max_characters=section.max_characters, bad_rows=section.bad_rows
+        section.text_column,
+        section.query_column,
+        source=section.source_column,
+        max_characters=section.max_characters,
+        bad_rows=section.bad_rows,
     )
     yield from read_corpus(section.source, columns)
 

@@ -237,9 +237,14 @@ def test_nothing_held_out_or_evaluated_is_trained_on() -> None:
     assert "number 3" not in trained
     alone = [Record(f"Text number {i}") for i in range(40)]
     splits, funnel = prepare(alone, **settings, evaluation_texts={f"text NUMBER  {i}" for i in range(20)})
+    held = {text for record in splits["train"] for text in (record.text, *record.texts)}
+    assert "Text number 3" not in held
     asked = {f"Text number {i}" for i in range(20)}
     assert not asked & {record.text for record in splits["train"]}
     assert funnel.in_evaluation == 20 - len(asked & {record.text for record in splits["holdout"]})
+    queried = [Record(f"Word{i} number {i}", query=f"Word{i}") for i in range(40)]  # whose documents are "number 3"
+    splits, _ = prepare(queried, **settings, evaluation_texts={f"word{i} number {i}" for i in range(20)})
+    assert not {f"number {i}" for i in range(20)} & {record.document for record in splits["train"]}
 
 
 def test_duplicates_and_short_texts_are_counted() -> None:
@@ -321,12 +326,24 @@ def test_rules_have_names(text: str, rule: str | None) -> None:
 
 
 def test_what_is_left_out_is_counted_with_examples() -> None:
-    records = [Record(f"text number {number}") for number in range(20)] + [
-        Record("xy" * (number + 1)) for number in range(2)
-    ]
+    records = [Record(f"text number {number}") for number in range(20)]
+    records += [Record(f"x{number}") for number in range(12)]
     _, funnel = prepare(records, find_rule=make_filter(5, damaged=False, language=None), size=None, holdout=0.2, seed=0)
-    assert funnel.counts["short"] == 2
-    assert sorted(funnel.examples["short"]) == ["xy", "xyxy"]
+    assert funnel.counts["short"] == 12
+    assert funnel.examples["short"] == [f"x{number}" for number in range(10)]
+
+
+def test_the_source_of_a_row_is_in_a_column_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "genre": ["news", "letters"]}), path)
+
+    def sources(**columns: str) -> list[str]:
+        return [record.source for record in read_corpus(str(path), Columns(**columns)) if record]
+
+    assert sources(source="genre") == ["news", "letters"]
+    assert sources() == ["mixed", "mixed"]
+    with pytest.raises(UsageError, match=r"no column 'gender'; expected one of: text.*source_column"):
+        sources(source="gender")
 
 
 def test_near_duplicates_are_dropped_and_counted() -> None:

@@ -18,7 +18,7 @@ from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError, LostError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
-from embedistill.training import callbacks, objectives
+from embedistill.training import callbacks, loop, objectives
 from embedistill.training.batches import (
     Batching,
     BudgetSampler,
@@ -138,7 +138,7 @@ def test_training_takes_the_temperature_along(setting: SimpleNamespace, tmp_path
             return super().at(progress)
 
     run(setting, tmp_path, schedule=replace(SCHEDULE, steps=4), temperature=Seen(0.1, 0.02))
-    assert sorted(set(seen)) == [0, 0.25, 0.5, 0.75]
+    assert sorted(set(seen)) == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
 def sampler(texts: list[str], *, steps: int, **batching: object) -> BudgetSampler:
@@ -561,9 +561,9 @@ def test_the_same_seed_gives_the_same_student(setting: SimpleNamespace, tmp_path
     np.testing.assert_allclose(first.encode(setting.texts), second.encode(setting.texts), atol=1e-5)
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(("watched", "learned"), [(False, False), (True, False), (False, True)])
 def test_a_stopped_training_goes_on_to_the_same_student(
-    setting: SimpleNamespace, tmp_path: Path, watched: bool, monkeypatch: pytest.MonkeyPatch
+    setting: SimpleNamespace, tmp_path: Path, watched: bool, learned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(BaseException):
         pass
@@ -578,9 +578,17 @@ def test_a_stopped_training_goes_on_to_the_same_student(
         return setting.vectors[rows]
 
     dev = Dev(setting.texts[:40], setting.vectors[:40]) if watched else None
-    whole = run(setting, tmp_path / "whole", dev=dev)
+
+    def train_in(folder: str, **changes: object) -> SentenceTransformer:
+        if learned:  # the loss has a state of its own: its temperature, the norms of its terms
+            student = setting.make_student()
+            loss = DistillationLoss(student, weigh(embedding=1, contrastive=1), None, balance=True)
+            changes |= {"student": student, "loss": loss}
+        return run(setting, tmp_path / folder, dev=dev, **changes)
+
+    whole = train_in("whole")
     with pytest.raises(Stop):
-        run(setting, tmp_path / "stopped", targets=stopping, dev=dev)
+        train_in("stopped", targets=stopping)
     checkpoints = tmp_path / "stopped" / "checkpoints"
     last = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     broken = checkpoints / "checkpoint-999"  # as a kill in the middle of writing leaves it
@@ -590,7 +598,7 @@ def test_a_stopped_training_goes_on_to_the_same_student(
     monkeypatch.setattr(
         DistillationLoss, "forward", lambda self, *given, **named: taken.append(1) or forward(self, *given, **named)
     )
-    again = run(setting, tmp_path / "stopped", dev=dev)
+    again = train_in("stopped")
     done = int(last.name.split("-")[1])
     assert done >= 20
     assert len(taken) == 30 - done  # it does not begin anew, which would come to the same student
@@ -648,6 +656,41 @@ def test_minutes_bound_the_steps_and_leave_the_student_as_it_was(
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in log) == steps
     assert not (tmp_path / "checkpoints" / "calibration").exists()
+
+
+@pytest.mark.parametrize(("dev_steps", "expected"), [(None, 7), (4, 10)])
+def test_minutes_have_room_for_steps_and_readings(
+    setting: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dev_steps: int | None, expected: int
+) -> None:
+    """Six seconds: (6 - 11 x 0.2) / 0.5 steps, or one reading every 4: (6 - 2 x 0.2) / (0.5 + 0.2 / 4)."""
+    monkeypatch.setattr(callbacks, "_CALIBRATION_SECONDS", 0.01)
+    monkeypatch.setattr(callbacks.Stopwatch, "seconds_per_step", 0.5)
+    monkeypatch.setattr(loop, "_time_reading", lambda student, dev: 0.2)
+    dev = Scripted(setting.texts[:20], setting.vectors[:20], cosines=[0.5] * 40)
+    run(setting, tmp_path, schedule=replace(SCHEDULE, minutes=0.1, dev_steps=dev_steps), dev=dev)
+    assert json.loads((tmp_path / "checkpoints" / "plan.json").read_text())["steps"] == expected
+
+
+def test_the_learning_rate_rises_and_comes_to_nothing_at_the_end(setting: SimpleNamespace, tmp_path: Path) -> None:
+    run(setting, tmp_path, schedule=replace(SCHEDULE, steps=20))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in log if "loss" in entry]
+    assert len(rates) == 20
+    peak = rates.index(max(rates))
+    assert peak in {1, 2}  # of 20 steps, a tenth warms up
+    assert rates[0] < rates[peak] <= 2e-4 * 1.001
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.02 * rates[peak]
+
+
+def test_a_temperature_that_is_learned_moves_and_is_logged(setting: SimpleNamespace, tmp_path: Path) -> None:
+    student = setting.make_student()
+    loss = DistillationLoss(student, weigh(embedding=1, contrastive=1), None)
+    run(setting, tmp_path, student=student, loss=loss)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    temperatures = [entry["temperature"] for entry in log if "loss" in entry]
+    assert temperatures[0] == pytest.approx(0.05, rel=0.02)
+    assert abs(math.log(temperatures[-1] / 0.05)) > 0.05
 
 
 def test_steps_bound_the_training(setting: SimpleNamespace, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def prepare(
     }
     train = []
     for record in rest:
-        if any(normalise(text) in seen for text in record.texts):
+        if any(normalise(text) in seen for text in (record.text, *record.texts)):
             funnel.drop("in_evaluation", record.text)
         else:
             train.append(record)

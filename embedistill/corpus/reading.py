@@ -42,6 +42,7 @@ class Columns:
     text: str = "text"
     query: str | None = None
     negative: str | None = None
+    source: str = "source"
     max_characters: int = 100_000
     bad_rows: OnBad = "error"
 
@@ -115,7 +116,7 @@ def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[
             text, query, negative = (
                 (row.get(column or "") or "").strip() for column in (columns.text, columns.query, columns.negative)
             )
-            yield Record(text, str(row.get("source") or source), query or None, negative or None)
+            yield Record(text, str(row.get(columns.source) or source), query or None, negative or None)
 
 
 def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[Record | None]:
@@ -127,16 +128,17 @@ def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[
         bad_rows: What becomes of one.
     """
     for file in _list_files(path):
-        columns = Columns("positive", "anchor", "negative", max_characters, bad_rows)
+        columns = Columns("positive", "anchor", "negative", max_characters=max_characters, bad_rows=bad_rows)
         yield from _to_records(_file_rows(file, columns), columns, file.name.split(".")[0])
 
 
 def _check_columns(where: str, row: Mapping[str, Any], columns: Columns) -> None:
     """Stop where the first row has not the columns that were asked for."""
-    for column in (columns.text, columns.query):
+    asked = columns.source if columns.source != Columns.source else None  # the usual one may be missing
+    for column in (columns.text, columns.query, asked):
         if column and column not in row:
             names = ", ".join(str(name) for name in row)
-            do = "set corpus.text_column or corpus.query_column"
+            do = "set corpus.text_column, query_column or source_column"
             raise UsageError(where, f"no column {column!r}", f"one of: {names}", do)
 
 
@@ -243,7 +245,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    number, wanted = 0, {columns.text, columns.query, columns.negative, "source"}
+    number, wanted = 0, {columns.text, columns.query, columns.negative, columns.source}
     with path.open("rb") as stream:
         file = pq.ParquetFile(stream)
         there = file.schema_arrow.names

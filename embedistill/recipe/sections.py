@@ -69,7 +69,7 @@ class SelectSection(Section):
     size: Count | None = Field(None, description="At most this many records, training and held out; default: all.")
     by: By = Field(
         "random",
-        description="How they are selected: random, or evenly: by the column source, by length (a share for each "
+        description="How they are selected: random, or evenly: by source, by length (a share for each "
         "doubling), or by diversity (in clusters of cheap embeddings); or by cost: fewer of the long ones, which cost "
         "more (optimal allocation).",
     )
@@ -90,6 +90,11 @@ class CorpusSection(Section):
     )
     query_column: str | None = Field(
         None, description="Column with a short text that should find the text: a title, a question. Trained on as well."
+    )
+    source_column: str = Field(
+        "source",
+        description="Column that says where a row is from, for select.by: source and the report; where a file has no "
+        "column source, its name does.",
     )
     bad_rows: OnBad = Field(
         "error", description="A row whose text is missing, no string or too long: error, or skip and count it."

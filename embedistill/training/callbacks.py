@@ -58,7 +58,8 @@ class Watch(TrainerCallback):
         """
         entry = state.log_history[-1]
         if "loss" in entry and {"similarity", "contrastive", "pairs"} & set(self.loss.weights):
-            entry["temperature"] = float(self.loss.temperature)
+            temperature = self.loss.temperature
+            entry["temperature"] = float(temperature.detach() if isinstance(temperature, torch.Tensor) else temperature)
         last = {name: value for name, value in entry.items() if not name.startswith((DEV, TRAINED))}
         lost = [name for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)]
         if lost:

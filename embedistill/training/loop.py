@@ -44,6 +44,7 @@ from embedistill.training.readings import Criterion, Dev, KeepBest
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # its default is a folder of checkpoints, which are removed
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
 _USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
+_SCALE_RATE = 0.01  # of the logarithm of a learned temperature
 _FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
 
 
@@ -164,6 +165,8 @@ class _Training:
     def __post_init__(self) -> None:
         """Take what a training begins with, and a run that goes on has as well."""
         self.rates = _scale_rates(self.student, self.schedule.learning_rate)
+        if self.loss.course is None:
+            self.rates["^log_scale$"] = _SCALE_RATE
         self.loss_state = {name: value.clone() for name, value in self.loss.own_state().items()}
         if rank() == 0:
             with written_aside(self.untrained) as path:
