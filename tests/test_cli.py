@@ -296,3 +296,12 @@ def test_vectors_are_taken_in_for_the_prompts_and_formats_of_a_recipe(
     assert call(monkeypatch, capsys, "encode", recipe, *cache)[1] == "0 texts encoded, the others were there\n"
     wrong = call(monkeypatch, capsys, "cache", "import", "vectors.parquet", "--recipe", recipe, *cache)
     assert (wrong[0], "'s own; expected above 0.99" in wrong[2]) == (2, True)  # as plain texts they have no prompt
+
+
+def test_a_lost_student_ends_a_run_with_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe_file: Path
+) -> None:
+    settings = ["training.learning_rate=1.0", "training.epochs=5", "training.dev_size=0"]  # no text is kept out
+    code, out, err = call(monkeypatch, capsys, "run", recipe_file, *settings, "--until", "training")
+    assert (code, out) == (1, "")
+    assert re.search(r"training, step \d+: the student (collapsed|diverged).*lower training\.learning_rate", err)
