@@ -3,6 +3,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,18 @@ def test_prefixes_are_vectors_of_their_own() -> None:
     loss = DistillationLoss(Echo(), weigh(embedding=1), Course(0.1, 0.1), prefixes=[1, 2])  # and all three
     expected = (0 + (1 - 0.96) + (1 - 24 / 65)) / 3
     assert loss([{"x": student}], label(teacher))["embedding"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_inside_a_student_has_no_prefixes() -> None:
+    asked: list[str] = []
+    internals = SimpleNamespace(
+        watched=lambda features: nullcontext(), distance=lambda term: asked.append(term) or torch.tensor(0.5)
+    )
+    loss = DistillationLoss(Echo(), weigh(embedding=1, layers=2), Course(0.1, 0.1), [1, 2])
+    loss.internals = internals
+    vectors = torch.tensor([[3.0, 4.0, 0.0]])
+    assert loss([{"x": vectors}], label(vectors))["layers"].item() == 2 * 0.5
+    assert asked == ["layers"]
 
 
 def test_temperatures_go_from_start_to_end() -> None:

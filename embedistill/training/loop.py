@@ -301,6 +301,8 @@ class _Training:
             fitting = (seconds - (_DEV_READINGS + 1) * reading) / step
         steps = max(1, min(wanted, int(fitting)))
         note(f"Training: {steps:,} steps of {step:.2f} s, {steps / an_epoch:.1f} epochs")
+        if fitting < 1:
+            note(f"Readings of {reading:.1f} s take all of the time: lower training.dev_size, or leave out dev_task")
         return steps
 
 

@@ -19,6 +19,7 @@ from embedistill.training.internals import Internals
 
 Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "pairs", "layers", "attention", "spread"]
 
+_INSIDE = {"layers", "attention"}  # terms that have no prefixes
 _BALANCED_EVERY = 50
 _NEVER = 2**62
 _NEAREST = 8
@@ -57,7 +58,7 @@ class DistillationLoss(nn.Module):
         temperature: Of the terms similarity, contrastive and pairs; None: learned, from 0.05 on, kept in 0.01 to 1, as
             CLIP's (Radford et al., 2021).
         prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors and the whole, scaled
-            to unit length (Matryoshka, Kusupati et al., 2022); none: all dimensions alone.
+            to unit length, save those of internals (Matryoshka, Kusupati et al., 2022); none: all dimensions alone.
         balance: Divide each term by the norm of its gradient, a running mean of measurements on every 50th step, so
             that weights are ratios of gradients (after GradNorm, Chen et al., 2018). A term without a gradient, such as
             pairs of a batch without any, is measured when it has one.
@@ -137,10 +138,10 @@ class DistillationLoss(nn.Module):
         self._look_at("the student's vectors", student)
         sizes = dict.fromkeys([*self.prefixes, student.shape[1]])
         cut = [[functional.normalize(vectors[:, :size], dim=1) for vectors in (student, teacher)] for size in sizes]
-        terms = {
-            term: torch.stack([self._term(term, own, theirs, positives, kin) for own, theirs in cut]).mean()
-            for term in self.weights
-        }
+        terms = {}
+        for term in self.weights:
+            some = cut[-1:] if term in _INSIDE else cut
+            terms[term] = torch.stack([self._term(term, own, theirs, positives, kin) for own, theirs in some]).mean()
         for term, value in terms.items():
             self._look_at(f"the term {term}", value)
         norms = self._measure(terms) if self.balance else dict.fromkeys(terms, 1.0)
