@@ -97,6 +97,10 @@ def test_killed_in_every_stage_the_run_comes_to_the_same_report(recipe_file: Pat
     assert killed["corpus"] == whole["corpus"]
     for mine, theirs in zip(killed["comparisons"], whole["comparisons"], strict=True):
         assert mine["values"] == pytest.approx(theirs["values"], abs=1e-3)
+    models = [tmp_path / name / "run" / "model" for name in ("killed", "whole")]
+    texts = ["ship harbour", "cow field tractor", "a storm"]
+    mine, theirs = (SentenceTransformer(str(model), device="cpu").encode(texts) for model in models)
+    np.testing.assert_allclose(mine, theirs, atol=1e-4)
     assert not list((tmp_path / "killed" / "run").glob(".*.part"))
     records = [json.loads((tmp_path / name / "run" / "run.json").read_text()) for name in ("killed", "whole")]
     resumed = [{name for name, stage in record["stages"].items() if stage["resumed"]} for record in records]
