@@ -61,5 +61,9 @@ def explain_os_error(error: OSError) -> EmbedistillError:
             return EmbedistillError(where, "no permission", do=f"choose another folder or change its rights; {kept}")
         case errno.ENOENT:
             return UsageError(where, "does not exist", do="check the path")
+        case errno.EEXIST | errno.ENOTDIR:
+            return UsageError(where, "a file", "a folder, in every part of the path", "choose another")
+        case errno.EISDIR:
+            return UsageError(where, "a folder", "a file", "choose another")
         case _:
             return EmbedistillError(where, error.strerror or str(error), do=kept)

@@ -35,8 +35,10 @@ from embedistill.evaluation.segments import (
 from embedistill.evaluation.tasks import AgreementTask, Task
 from embedistill.evaluation.trial import (
     FIT_TEXTS,
+    PCA,
     STUDENT,
     UNTRAINED,
+    WORDS,
     Candidate,
     choose_texts,
     describe_details,
@@ -65,6 +67,7 @@ RESAMPLES = 10_000
 SEED = 42
 MARGIN = 0.03
 """What a student may lose, where nothing else is said."""
+_ROLES = {TEACHER, STUDENT, UNTRAINED, WORDS, PCA}
 
 
 def evaluate(
@@ -126,6 +129,10 @@ def evaluate(
     if agreement and teacher is None:
         raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", "give --teacher too")
     student = locate(str(run / "model" if run else model), models_dir=cache / "models")
+    taken = [name for name in baselines if name in _ROLES]
+    if taken:
+        found, do = f"{taken[0]}, which models of an evaluation are called", f"give its path: ./{taken[0]}"
+        raise UsageError("--baseline", found, "another name", do)
     located = {name: locate(name, models_dir=cache / "models") for name in baselines}
     records = load_corpus(run / "corpus.parquet")["train"] if run else []
     candidates = _list_candidates(student, local, vectors)
@@ -268,6 +275,8 @@ def compare(
     gate = _choose_gate(allowed, segment_margin)
     _check_out(out)
     folders = [Path(run) for run in runs]
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise UsageError(", ".join(map(str, folders)), "one run alone, or one twice", "two runs or more")
     reports = [load_report(folder) for folder in folders]
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
     names = _distinct_names(folders)
@@ -366,7 +375,9 @@ def _check_out(out: str | Path | None) -> None:
     results = folder / "results"
     files = [path for path in results.rglob("*") if path.is_file()] if out else []
     others = [path.name for path in files if path.suffix != ".json" or path.parent.parent != results]
-    if out and (folder / "run.json").is_file():
+    if out and folder.exists() and not folder.is_dir():
+        found = "a file"
+    elif out and (folder / "run.json").is_file():
         found = "a run, whose own report would be lost"
     elif out and others:
         found = f"a folder results/ that is not of an evaluation: {', '.join(sorted(others)[:3])}"

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import filelock
 
-from embedistill.errors import UsageError
+from embedistill.errors import RecipeError, UsageError
 from embedistill.files import PART, fingerprint, read_json, remove, write_json, write_text
 from embedistill.progress import note
+from embedistill.recipe import dump_recipe, load_recipe
 from embedistill.recipe.notation import parse
 
 Stage = Literal["corpus", "encode", "student", "training"]
@@ -167,7 +168,7 @@ def _claim(folder: Path, recipe: str, disposable: Sequence[str], changeable: tup
             raise UsageError(str(folder), f"no run of ours, but {', '.join(others[:3])}", "a new folder or a run's", do)
         write_text(path, recipe)
         return
-    there, wanted = (_flatten(parse(text)) for text in (path.read_text(encoding="utf-8"), recipe))
+    there, wanted = (_flatten(parse(text)) for text in (_complete(path), recipe))
     changed = [key for key in sorted(there | wanted) if there.get(key) != wanted.get(key)]
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     if changed and not set(record.get("stages", {})) - set(disposable):
@@ -179,6 +180,14 @@ def _claim(folder: Path, recipe: str, disposable: Sequence[str], changeable: tup
         found = "; ".join(f"{key} {there.get(key)!r}, now {wanted.get(key)!r}" for key in changed[:5])
         do = "choose another --run-dir or name (what the teacher encoded is shared), or delete this one"
         raise UsageError(str(folder), f"the run of another recipe: {found}", "the same recipe", do)
+
+
+def _complete(path: Path) -> str:
+    """Return a run's recipe with the settings that came with later versions, which it has by default."""
+    try:
+        return dump_recipe(load_recipe(path))
+    except RecipeError:  # one of its settings is no more
+        return path.read_text(encoding="utf-8")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -305,3 +305,38 @@ def test_a_lost_student_ends_a_run_with_exit_code_1(
     code, out, err = call(monkeypatch, capsys, "run", recipe_file, *settings, "--until", "training")
     assert (code, out) == (1, "")
     assert re.search(r"training, step \d+: the student (collapsed|diverged).*lower training\.learning_rate", err)
+
+
+def test_a_file_where_a_folder_has_to_be_is_said_before_anything_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe_file: Path, teacher_dir: Path
+) -> None:
+    Path("afile").write_text("mine")
+    for arguments in (
+        ("run", recipe_file, "--run-dir", "afile"),
+        ("run", recipe_file, "--cache-dir", "afile"),
+        ("evaluate", teacher_dir, "--task", "STS12", "--data", "nowhere", "--out", "afile"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *arguments)
+        assert code == 2, err
+    assert (
+        "--out afile: a file; expected a new folder"
+        in call(monkeypatch, capsys, "compare", "a", "b", "--out", "afile")[2]
+    )
+    assert Path("afile").read_text() == "mine"
+
+
+def test_what_would_be_mixed_up_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], teacher_dir: Path, data_dir: Path
+) -> None:
+    mixed = ("evaluate", teacher_dir, "--data", data_dir, "--task", "STS12", "--baseline", "student")
+    code, _, err = call(monkeypatch, capsys, *mixed)
+    assert (code, "--baseline: student, which models of an evaluation are called" in err) == (2, True)
+    code, _, err = call(monkeypatch, capsys, "compare", "runs/a", "runs/../runs/a")
+    assert (code, "one run alone, or one twice" in err) == (2, True)
+
+
+def test_a_copied_recipe_names_its_runs_after_its_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(monkeypatch, capsys, "recipes", "copy", "quickstart", "my search.yaml")
+    assert "embedistill run makes runs/my-search" in call(monkeypatch, capsys, "validate", "my search.yaml")[1]

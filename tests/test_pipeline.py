@@ -266,6 +266,18 @@ def test_a_folder_with_another_recipes_run_is_left_alone(finished: Path) -> None
     assert (finished / "run" / "report.json").read_bytes() == before
 
 
+def test_a_run_of_before_a_setting_was_there_goes_on(finished: Path) -> None:
+    path = finished / "run" / "recipe.yaml"
+    kept = path.read_text()
+    older = [line for line in kept.splitlines() if "source_column" not in line]
+    assert len(older) == len(kept.splitlines()) - 1
+    path.write_text("\n".join(older) + "\n")
+    try:
+        again(finished)
+    finally:
+        path.write_text(kept)
+
+
 def test_a_folder_with_other_files_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")

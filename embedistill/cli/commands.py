@@ -85,7 +85,10 @@ def _options(
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; default: runs/NAME, or runs/NAME-HASH where settings are changed."),
+    ] = None,
     cache_dir: CacheOption = None,
     data: DataOption = None,
     until: Annotated[
@@ -94,7 +97,10 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Distil a teacher as a recipe says, and report how much was kept. A run that was stopped goes on."""
+    """Distil a teacher as a recipe says, and report how much was kept. A run that was stopped goes on.
+
+    Where the recipe has a margin, the exit code is the verdict: 0 PASS, 1 FAIL, 3 UNDECIDED.
+    """
     loaded = load_recipe(recipe, *(overrides or []), *([f"evaluation.data={json.dumps(str(data))}"] if data else []))
     hush()
     from embedistill.pipeline import distill
@@ -230,7 +236,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the students of runs on the tasks they share."""
+    """Compare the students of runs on the tasks they share. Exit code: 0 PASS, 1 FAIL, 3 UNDECIDED."""
     hush()
     from embedistill import judgement
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 from embedistill.cli.options import JsonOption, RecipeArgument
 from embedistill.cli.printing import print_table
 from embedistill.errors import UsageError
+from embedistill.files import write_text
 from embedistill.recipe import find_recipe, list_recipes, list_settings
 
 app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
@@ -49,10 +49,12 @@ def show_command(recipe: RecipeArgument) -> None:
 def copy_command(
     recipe: RecipeArgument, target: Annotated[Path, typer.Argument(help="New file.")] = Path("recipe.yaml")
 ) -> None:
-    """Copy a recipe to a file of your own."""
+    """Copy a recipe to a file of your own, which names its runs after the file."""
     if target.exists():
         raise UsageError(str(target), "exists already", do="choose another name")
-    shutil.copyfile(find_recipe(recipe), target)
+    name = re.sub(r"[^\w.-]", "-", target.stem)
+    text = find_recipe(recipe).read_text(encoding="utf-8")
+    write_text(target, re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE))
     typer.echo(f"{target}: now edit it, then: embedistill run {target}")
 
 

@@ -281,8 +281,10 @@ class _Training:
     def _plan_steps(self) -> int:
         """Return the steps of the epochs, or those asked for or fitting into the minutes where these are fewer."""
         schedule, an_epoch = self.schedule, count_batches(self.lengths, self.batching)
-        wanted = max(1, round(schedule.epochs * an_epoch))
-        wanted = min(wanted, schedule.steps or wanted)
+        passes = max(1, round(schedule.epochs * an_epoch))
+        wanted = min(passes, schedule.steps or passes)
+        if schedule.steps and passes < schedule.steps:
+            note(f"Training: {schedule.epochs:g} epochs are {passes:,} steps of the {schedule.steps:,} asked for")
         if schedule.minutes is None or wanted < 4:
             return wanted
         stopwatch = Stopwatch()
@@ -300,6 +302,8 @@ class _Training:
         else:
             fitting = (seconds - (_DEV_READINGS + 1) * reading) / step
         steps = max(1, min(wanted, int(fitting)))
+        if wanted < fitting:
+            note(f"Training: {wanted:,} steps, all there are of {schedule.epochs:g} epochs, take less than the minutes")
         note(f"Training: {steps:,} steps of {step:.2f} s, {steps / an_epoch:.1f} epochs")
         if fitting < 1:
             note(f"Readings of {reading:.1f} s take all of the time: lower training.dev_size, or leave out dev_task")
