@@ -71,7 +71,7 @@ def test_every_command_is_listed_here() -> None:
 def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = call(monkeypatch, capsys, "recipes", "list", "--json")
     assert (code, set(json.loads(out))) == (0, {path.stem for path in list_recipes()})
-    assert json.loads(out)["mpnet-14m"] == "all-mpnet-base-v2 into 14.6 million parameters that stay in its space."
+    assert json.loads(out)["mpnet-14m"] == "all-mpnet-base-v2 into 14.4 million parameters that stay in its space."
     assert call(monkeypatch, capsys, "recipes", "show", "quickstart")[1] == find_recipe("quickstart").read_text()
     assert call(monkeypatch, capsys, "recipes", "copy", "quickstart", "mine.yaml")[0] == 0
     assert call(monkeypatch, capsys, "validate", "mine.yaml", "seed=3")[0] == 0

@@ -75,7 +75,7 @@ def bad(tmp_path: Path, name: str, content: bytes, **columns: object) -> str:
 
 def test_bad_input_says_where_what_and_what_to_do(tmp_path: Path) -> None:
     assert bad(tmp_path, "a.jsonl", b'{"body": "x", "id": 1}', text="text") == (
-        "a.jsonl:1: no column 'text'; expected one of: body, id; set corpus.text_column or corpus.query_column"
+        "a.jsonl:1: no column 'text'; expected one of: body, id; set corpus.text_column, query_column or source_column"
     )
     assert bad(tmp_path, "a.jsonl", b'{"text": "x"}\n{"text": null}').startswith(
         "a.jsonl:2: text is null; expected a str"
