@@ -275,9 +275,9 @@ def compare(
     gate = _choose_gate(allowed, segment_margin)
     _check_out(out)
     folders = [Path(run) for run in runs]
-    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise UsageError(", ".join(map(str, folders)), "one run alone, or one twice", "two runs or more")
     reports = [load_report(folder) for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError(", ".join(map(str, folders)), "one run twice", "runs that differ", "leave one out")
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
     names = _distinct_names(folders)
     plain = {key: found for key, found in results[0].items() if not key[0].startswith(MISSPELT)}

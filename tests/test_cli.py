@@ -331,8 +331,6 @@ def test_what_would_be_mixed_up_is_refused(
     mixed = ("evaluate", teacher_dir, "--data", data_dir, "--task", "STS12", "--baseline", "student")
     code, _, err = call(monkeypatch, capsys, *mixed)
     assert (code, "--baseline: student, which models of an evaluation are called" in err) == (2, True)
-    code, _, err = call(monkeypatch, capsys, "compare", "runs/a", "runs/../runs/a")
-    assert (code, "one run alone, or one twice" in err) == (2, True)
 
 
 def test_a_copied_recipe_names_its_runs_after_its_file(

@@ -508,12 +508,14 @@ def test_a_report_does_not_take_the_place_of_a_runs_own(finished: Path, data_dir
 
 def test_runs_searched_in_other_indexes_are_not_compared(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "run", tmp_path / "other")
+    assert "Tiny" in {row.task for row in compare(finished / "run", tmp_path / "other").comparisons}
     for path in (tmp_path / "other" / "results" / "Tiny").glob("*.json"):
         path.write_text(path.read_text().replace('"kind": "flat"', '"kind": "hnsw"'))
     shared = {row.task for row in compare(finished / "run", tmp_path / "other").comparisons}
     assert "STS12" in shared
     assert "Tiny" not in shared
-    assert "Tiny" in {row.task for row in compare(finished / "run", finished / "run").comparisons}
+    with pytest.raises(UsageError, match="one run twice"):
+        compare(finished / "run", tmp_path / ".." / tmp_path.name / "other", tmp_path / "other")
 
 
 def test_runs_without_a_common_task_cannot_be_compared(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
