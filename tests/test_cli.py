@@ -185,7 +185,7 @@ def test_a_run_from_the_command_line(
     assert "training: done earlier" in err
     assert len(json.loads(call(monkeypatch, capsys, "search", folder, "a cow", "--results", "3", "--json")[1])) == 3
     assert "Page: " in call(monkeypatch, capsys, "report", folder)[1]
-    assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "0.99")[0] == 0
+    assert call(monkeypatch, capsys, "compare", folder, "--margin", "0.99")[0] == 0
     assert call(monkeypatch, capsys, "compare", folder, folder, "--margin", "3")[0] == 2
 
 
