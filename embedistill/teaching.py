@@ -27,6 +27,7 @@ from embedistill.training.loop import Schedule
 from embedistill.training.objectives import Course, DistillationLoss, Term
 
 _CHUNK = 8192
+_MOST_KIN = 100  # texts: what links more, such as a title that many have, tells nothing, and would leave no negatives
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Lessons:
         queries: Whether each is a query, shape (n_texts,).
         targets: The teacher's vectors, in the student's space, by row of `inputs`.
         partners: Rows of each text's positive and negative, shape (n_texts, 2), -1: it has none.
-        kin: A number of each text, shape (n_texts,): the same of texts that pairs link, directly or by way of others.
+        kin: A number of each text, shape (n_texts,): the same of texts that pairs link, directly or by way of others;
+            of more than a hundred, each its own.
     """
 
     inputs: Sequence[str]
@@ -151,7 +153,9 @@ def _find_partners(records: Iterable[Record], texts: Mapping[Kind, Sequence[str]
                 partners[document, 0] = query
     ends = np.array(links, np.int64).reshape(-1, 2)
     graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(len(partners), len(partners)))
-    return partners, connected_components(graph, directed=False)[1].astype(np.int64)
+    kin = connected_components(graph, directed=False)[1].astype(np.int64)
+    too_many = np.bincount(kin, minlength=1)[kin] > _MOST_KIN
+    return partners, np.where(too_many, len(kin) + np.arange(len(kin)), kin)
 
 
 def texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -54,8 +55,9 @@ def main() -> None:
     material = Material(
         given.run, teacher, drop=recipe.encoding.drop, n_watched=recipe.training.dev_size, seed=recipe.seed
     )
-    (texts,) = material.trained.values()
-    lessons = Dataset.from_dict({"text": texts, "label": list(teacher.vectors(texts))}).shuffle(recipe.seed)
+    texts = [text for some in material.trained.values() for text in some]
+    vectors = np.concatenate([teacher.vectors(some, kind) for kind, some in material.trained.items() if some])
+    lessons = Dataset.from_dict({"text": texts, "label": list(vectors)}).shuffle(recipe.seed)
     torch.manual_seed(recipe.seed)
     seconds = time_step(make_loss(given.way, load(located)), lessons)
     steps = round(60 * given.minutes / seconds)

@@ -308,16 +308,20 @@ def test_a_lost_student_ends_a_run_with_exit_code_1(
 
 
 def test_a_file_where_a_folder_has_to_be_is_said_before_anything_is_done(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe_file: Path, teacher_dir: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe_file: Path,
+    teacher_dir: Path,
+    data_dir: Path,
 ) -> None:
     Path("afile").write_text("mine")
-    for arguments in (
-        ("run", recipe_file, "--run-dir", "afile"),
-        ("run", recipe_file, "--cache-dir", "afile"),
-        ("evaluate", teacher_dir, "--task", "STS12", "--data", "nowhere", "--out", "afile"),
+    for arguments, message in (
+        (("run", recipe_file, "--run-dir", "afile"), "afile: a file; expected a folder"),
+        (("run", recipe_file, "--cache-dir", "afile"), "a file; expected a folder"),
+        (("evaluate", teacher_dir, "--data", data_dir, "--task", "STS12", "--out", "afile"), "--out afile: a file"),
     ):
         code, _, err = call(monkeypatch, capsys, *arguments)
-        assert code == 2, err
+        assert (code, message in err) == (2, True), err
     assert (
         "--out afile: a file; expected a new folder"
         in call(monkeypatch, capsys, "compare", "a", "b", "--out", "afile")[2]
@@ -336,5 +340,6 @@ def test_what_would_be_mixed_up_is_refused(
 def test_a_copied_recipe_names_its_runs_after_its_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(monkeypatch, capsys, "recipes", "copy", "quickstart", "my search.yaml")
-    assert "embedistill run makes runs/my-search" in call(monkeypatch, capsys, "validate", "my search.yaml")[1]
+    for file, name in (("my search.yaml", "my-search"), ("2024.yaml", "2024")):
+        call(monkeypatch, capsys, "recipes", "copy", "quickstart", file)
+        assert f"embedistill run makes runs/{name}\n" in call(monkeypatch, capsys, "validate", file)[1]

@@ -43,6 +43,12 @@ def test_texts_that_pairs_link_are_kin_and_the_first_document_is_the_positive() 
         STUDENT, records, texts, lambda rows: np.eye(7, dtype=np.float32)[rows], projection=None, on="all"
     )
     assert found.partners[:, 0].tolist() == [-1, 4, 4, -1, 1, 2]
+    many = [Record(f"d{number}", query="Introduction") for number in range(101)]  # which tells nothing of them
+    texts = texts_by_kind(many)
+    widely = list_lessons(
+        STUDENT, many, texts, lambda rows: np.eye(102, dtype=np.float32)[rows], projection=None, on="all"
+    )
+    assert len(set(widely.kin.tolist())) == 102
     alone, first, second, negative, query, other = found.kin.tolist()
     assert first == second == query == other
     assert len({alone, negative, query}) == 3

@@ -237,6 +237,14 @@ def test_a_pair_is_in_one_part() -> None:
         assert {row ^ 1 for row in part} == set(part)
 
 
+@pytest.mark.parametrize("n_parts", [2, 4, 8])
+def test_pairs_alone_stay_together_in_parts_of_a_budgeted_batch(n_parts: int) -> None:
+    texts = ["x" * int(n) for n in np.random.default_rng(0).integers(1, 30, 1000)]
+    companions = np.array([[number ^ 1, -1] for number in range(1000)])
+    for part in sampler(texts, steps=60, size=72, tokens=1_200, parts=n_parts, companions=companions):
+        assert {row ^ 1 for row in part} == set(part)
+
+
 def test_companions_are_in_the_batch_of_their_text() -> None:
     texts = ["x" * (1 + number % 7) for number in range(64)]
     companions = np.array([[(number + 1) % 64, -1] for number in range(64)])

@@ -54,7 +54,7 @@ def copy_command(
         raise UsageError(str(target), "exists already", do="choose another name")
     name = re.sub(r"[^\w.-]", "-", target.stem)
     text = find_recipe(recipe).read_text(encoding="utf-8")
-    write_text(target, re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE))
+    write_text(target, re.sub(r"^name: .*$", f"name: {json.dumps(name)}", text, count=1, flags=re.MULTILINE))
     typer.echo(f"{target}: now edit it, then: embedistill run {target}")
 
 

@@ -116,7 +116,9 @@ def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[
             text, query, negative = (
                 (row.get(column or "") or "").strip() for column in (columns.text, columns.query, columns.negative)
             )
-            yield Record(text, str(row.get(columns.source) or source), query or None, negative or None)
+            where_from = row.get(columns.source)
+            named = source if where_from is None or where_from == "" else str(where_from)
+            yield Record(text, named, query or None, negative or None)
 
 
 def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[Record | None]:

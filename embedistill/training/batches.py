@@ -135,7 +135,7 @@ def cut_batches(runs: Iterable[Run], lengths: Matrix, batching: Batching) -> Ite
                 continue  # it has joined another
             joined = dict.fromkeys([row, *_accompany(row, batching, random)])
             while groups and _is_over([one for one in joined if one not in held], len(held), tokens, lengths, batching):
-                batch, rest = _split(groups, batching.parts)
+                batch, rest = _split(groups, batching)
                 if not batch:
                     break
                 yield _deal(batch, batching.parts)
@@ -146,7 +146,7 @@ def cut_batches(runs: Iterable[Run], lengths: Matrix, batching: Batching) -> Ite
             held.update(fresh)
             tokens += float(lengths[fresh].sum())
         if not yielded:
-            batch, groups = _split(groups, batching.parts)
+            batch, groups = _split(groups, batching)
             if not batch:
                 found = f"no batch of {batching.parts} texts or more, for {batching.parts} parts"
                 raise UsageError("training.batch_size, batch_tokens", found, do="raise them, or use fewer processes")
@@ -170,14 +170,18 @@ def _is_over(fresh: list[int], n_held: int, tokens: float, lengths: Matrix, batc
     return too_many or (batching.tokens is not None and tokens + float(lengths[fresh].sum()) > batching.tokens)
 
 
-def _split(groups: list[list[int]], n_parts: int) -> tuple[list[list[int]], list[list[int]]]:
+def _split(groups: list[list[int]], batching: Batching) -> tuple[list[list[int]], list[list[int]]]:
     """Return groups of a batch that come to a multiple of the parts, and those that are over.
 
-    Of two, four or eight parts, one or more: batches that have eight texts for each are the same for one process.
+    Of two, four or eight parts, one or more: batches that have eight texts for each are the same for one process. Where
+    texts have companions, each part has room for whole pairs.
     """
-    n_texts = sum(map(len, groups))
+    n_texts, n_parts = sum(map(len, groups)), batching.parts
     common = next(number for number in (8, 4, 2, 1) if n_texts >= 8 * number or number == 1)
-    for multiple in (common, n_parts) if common % n_parts == 0 else (n_parts,):
+    multiples = [common, n_parts] if common % n_parts == 0 else [n_parts]
+    if batching.companions is not None:
+        multiples = [2 * multiples[0], *multiples]
+    for multiple in multiples:
         for wanted in range(n_texts // multiple * multiple, 0, -multiple):
             over = set[int]()
             excess = n_texts - wanted

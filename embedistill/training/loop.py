@@ -265,6 +265,7 @@ class _Training:
     def _start_over(self) -> None:
         load_model(self.student, str(self.untrained))
         self.loss.load_state_dict(self.loss_state, strict=False)
+        self.loss.forget_lost()
         self.student.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -114,10 +114,16 @@ class DistillationLoss(nn.Module):
         first = min((step for step, _ in found), default=_NEVER)
         return None if first == _NEVER else (first, [name for step, name in found if step == first])
 
+    def forget_lost(self) -> None:
+        """Begin anew with looking for what is not finite."""
+        self._lost_at.clear()
+
     def _look_at(self, name: str, values: Tensor) -> None:
         """Note the first step at which some values are not finite, without waiting for a GPU."""
         finite = torch.isfinite(values.detach()).all()
-        before = self._lost_at.get(name, torch.tensor(_NEVER, device=values.device))
+        if name not in self._lost_at:
+            self._lost_at[name] = torch.full((), _NEVER, device=values.device)
+        before = self._lost_at[name]
         self._lost_at[name] = torch.where(finite, before, before.clamp(max=self.step))
 
     def forward(

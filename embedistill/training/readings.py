@@ -162,7 +162,7 @@ class KeepBest(TrainerCallback):
     def _keep_if_best(self, score: float, state: TrainerState) -> None:
         best = read_json(self._described) if self._described.is_file() else None
         only_start = best and best["step"] == 0 and not self.from_the_start
-        if best is None or only_start or score > best["score"]:
+        if math.isfinite(score) and (best is None or only_start or score > best["score"]):
             self._keep(score, state.global_step)
 
     def _look(self) -> Reading:
@@ -183,7 +183,7 @@ class KeepBest(TrainerCallback):
             do = "lower training.learning_rate"
             if self.criterion != "cosine":
                 do += ", or give training.objectives.embedding a weight"
-            if self.dev.kept_out:
+            if self.dev.kept_out and self._described.is_file():
                 do += f"; the weights of step {read_json(self._described)['step']}, the best, are in {self._weights}"
             raise LostError(f"training, step {state.global_step}", f"the student {fault}{_tell_terms(state)}", do=do)
 
