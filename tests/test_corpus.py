@@ -335,12 +335,13 @@ def test_what_is_left_out_is_counted_with_examples() -> None:
 
 def test_the_source_of_a_row_is_in_a_column_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "mixed.parquet"
-    pq.write_table(pa.table({"text": ["a", "b"], "genre": ["news", "letters"]}), path)
+    pq.write_table(pa.table({"text": ["a", "b"], "genre": ["news", "letters"], "label": [0, 1]}), path)
 
     def sources(**columns: str) -> list[str]:
         return [record.source for record in read_corpus(str(path), Columns(**columns)) if record]
 
     assert sources(source="genre") == ["news", "letters"]
+    assert sources(source="label") == ["0", "1"]
     assert sources() == ["mixed", "mixed"]
     with pytest.raises(UsageError, match=r"no column 'gender'; expected one of: text.*source_column"):
         sources(source="gender")

@@ -644,6 +644,22 @@ def test_a_lost_loss_stops_the_run_and_says_at_which_step_and_why(setting: Simpl
     run(setting, tmp_path, targets=damaged)  # and goes on when the cache is mended
 
 
+def test_what_the_steps_that_are_timed_met_is_not_told_of_the_training(
+    setting: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "_CALIBRATION_SECONDS", 0.01)
+    monkeypatch.setattr(callbacks.Stopwatch, "seconds_per_step", 0.5)
+    reads: list[int] = []
+
+    def damaged(rows: np.ndarray) -> np.ndarray:
+        begun = (tmp_path / "checkpoints" / "plan.json").is_file()  # the steps are planned, and trained
+        reads.append(begun)
+        return setting.vectors[rows] * np.float32("nan" if not begun or sum(reads) == 5 else 1)
+
+    with pytest.raises(EmbedistillError, match="training, step 5: the teacher's vectors not finite"):
+        run(setting, tmp_path, schedule=replace(SCHEDULE, minutes=0.1), targets=damaged)
+
+
 def test_a_term_that_is_not_finite_is_named(
     setting: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
