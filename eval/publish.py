@@ -29,6 +29,7 @@ from embedistill.files import read_json, write_json, write_text
 from embedistill.judgement import RESAMPLES, SEED
 from embedistill.recipe import load_recipe
 from embedistill.report.rendering import read_log
+from embedistill.student.saving import SPACE
 from embedistill.teacher import default_cache_dir, load, locate
 
 HERE = Path(__file__).parent
@@ -134,7 +135,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
     record = read_json(folder / "run.json")
     return describe_model(str(folder / "model")) | {
         "seed": load_recipe(folder / "recipe.yaml").seed,
-        "layers": read_json(folder / "model" / "embedistill.json")["layers"],
+        "layers": read_json(folder / "model" / SPACE)["layers"],
         "texts": len(load_corpus(folder / "corpus.parquet")["train"]),
         "steps": max(entry["step"] for entry in read_log(folder)),
         "seconds": {name: stage["seconds"] for name, stage in record["stages"].items()},
