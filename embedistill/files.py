@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from embedistill.errors import EmbedistillError
+
 PART = ".part"
 
 
@@ -55,8 +57,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        EmbedistillError: It is damaged: what `write_json` wrote is whole.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        do = "restore it, or make anew what it is part of"
+        raise EmbedistillError(str(path), f"damaged: {error}", "JSON", do) from None
 
 
 def fingerprint(content: Any) -> str:

@@ -109,12 +109,12 @@ def evaluate(
         UsageError: There is no such model or task.
         EmbedistillError: The Hub does not answer.
     """
-    if margin is not None and teacher is None:
-        raise UsageError("margin", "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
+    for name, given in (("margin", margin), ("segment_margin", segment_margin)):
+        if given is not None and teacher is None:
+            raise UsageError(name, "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
+        _check_share(name, given)
     if documents == TEACHER and teacher is None:
         raise UsageError("documents: teacher", "no teacher", "one that encodes documents", "give --teacher too")
-    _check_share("margin", margin)
-    _check_share("segment_margin", segment_margin)
     cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
     names = tasks or (list_tasks(folder) if folder else [])
     if not names:
@@ -128,7 +128,7 @@ def evaluate(
     agreement = [task.name for task in loaded if isinstance(task, AgreementTask)]
     if agreement and teacher is None:
         raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", "give --teacher too")
-    student = locate(str(run / "model" if run else model), models_dir=cache / "models")
+    student = locate(str(model), models_dir=cache / "models")
     taken = [name for name in baselines if name in _ROLES]
     if taken:
         found, do = f"{taken[0]}, which models of an evaluation are called", f"give its path: ./{taken[0]}"
@@ -179,7 +179,7 @@ def benchmark(
     """Run tasks of mteb with mteb's own evaluators, and return their main scores.
 
     Args:
-        model: A folder or a model id.
+        model: A folder or a model id; of the folder of a run, its student.
         tasks: Their names in mteb; default: all that `data` has data for.
         data: Folder as `evaluate` takes it; what it has not comes from the Hub.
         out: Folder of mteb's result cache, and of `.eval_results/`, the files that the Hub reads from a model's own.
@@ -194,7 +194,10 @@ def benchmark(
     if not names:
         raise UsageError("tasks", "none, and no folder with data", "names of mteb's tasks, or --data DIR")
     located = locate(str(model), models_dir=Path(cache_dir or default_cache_dir()) / "models")
-    encoder, name = LocalEncoder(located, torch.float32), located.path.name if Path(model).is_dir() else str(model)
+    encoder, name = (
+        LocalEncoder(located, torch.float32),
+        Path(model).absolute().name if Path(model).is_dir() else str(model),
+    )
     revision = fingerprint([located.weights_sha256, located.settings_sha256])[:16]
     scores = run_benchmark(
         names,

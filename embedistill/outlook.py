@@ -15,13 +15,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedTokenizerBase
 
 from embedistill.architectures import read_config, with_sizes
-from embedistill.corpus.reading import describe_source
 from embedistill.encoding.hardware import choose_dtype, find_training_device
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
 from embedistill.forecast import Forecast, choose_by_speed, forecast
-from embedistill.precomputation import read_records
 from embedistill.recipe import Recipe, ShapeSection, StudentSection, TrainingSection
+from embedistill.sources import check_corpus, read_records
 from embedistill.student.head import Matrix
 from embedistill.student.planning import TransformerPlan, choose_sizes, list_neighbours, plan_transformer
 from embedistill.student.vocabulary import check_vocabulary
@@ -58,7 +57,7 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
     """
     if recipe.student.origin != "teacher" or recipe.teacher.api:
         raise UsageError("student.from", recipe.student.origin, "teacher: only what is cut out of it is planned")
-    describe_source(recipe.corpus.sources)
+    check_corpus(recipe.corpus)
     located = locate(
         recipe.teacher.model,
         recipe.teacher.revision,

@@ -43,12 +43,13 @@ from embedistill.examination import Examination
 from embedistill.files import folder_bytes, read_json, remove, write_json
 from embedistill.judgement import choose_measures, judge
 from embedistill.material import CORPUS, TARGETS, Material
-from embedistill.precomputation import encode_missing, read_records
+from embedistill.precomputation import encode_missing
 from embedistill.progress import note
 from embedistill.recipe import AFTERWARDS, LIVE, AssistantSection, Recipe, dump_recipe
 from embedistill.report.document import REPORT, Report, load_report, save_report
 from embedistill.report.rendering import PAGE, write_page
 from embedistill.search import INDEX, build_index
+from embedistill.sources import check_corpus, read_records
 from embedistill.stages import Stage, Stages, check_space, hold_folder, list_versions
 from embedistill.student.head import Matrix, project
 from embedistill.student.saving import SPACE, load_projection
@@ -135,6 +136,7 @@ class _Line:
         self.stages = Stages(folder, recipe.seed)
         self.examination = Examination(recipe, folder, self.stages)
         self.announced = 0
+        check_corpus(recipe.corpus)
         if recipe.teacher.api:
             found = "a teacher behind an endpoint, whose weights a student cannot be cut out of"
             do = "its embeddings can be had: embedistill encode"

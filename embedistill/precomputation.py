@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,15 +12,14 @@ from embedistill.cache.shards import Encoded
 from embedistill.cache.store import EmbeddingCache
 from embedistill.cache.upkeep import import_vectors, read_embeddings, read_encoding
 from embedistill.choices import Kind
-from embedistill.corpus.reading import Columns, describe_source, read_corpus, read_pairs
-from embedistill.corpus.records import Record
 from embedistill.encoding.cached import CachedTeacher, Encoder
 from embedistill.encoding.cluster import TeacherSpec, encode_on_ray
 from embedistill.encoding.endpoint import EndpointEncoder
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
-from embedistill.recipe import CorpusSection, Recipe
+from embedistill.recipe import Recipe
+from embedistill.sources import check_corpus, read_records
 from embedistill.teacher import Embeddings, default_cache_dir, locate
 
 _COMPARED, _SAME = 16, 0.99
@@ -36,31 +36,24 @@ def encode_corpus(recipe: Recipe, cache_dir: str | Path | None = None) -> int:
         EmbedistillError: Something is wrong with the corpus or the teacher; it says what to do.
     """
     folder, section = Path(cache_dir or default_cache_dir()), recipe.corpus
-    describe_source(section.sources)
+    check_corpus(section)
     teacher = open_teacher(recipe, folder)
+    found: Counter[Kind] = Counter()
 
     def read(kind: Kind) -> Iterator[str]:
         for record in read_records(section):
             if record and len(record.text) >= section.min_characters:
                 texts = [record.query] if kind == "query" else [record.document, record.negative]
-                yield from (text for text in texts if text)
+                for text in filter(None, texts):
+                    found[kind] += 1
+                    yield text
 
     kinds: tuple[Kind, ...] = ("document", "query")
-    return sum(encode_missing(recipe, teacher, read(kind), kind) for kind in kinds)
-
-
-def read_records(section: CorpusSection) -> Iterator[Record | None]:
-    """Yield the records of a recipe's corpus; those of pairs first, so that no text is taken without its anchor."""
-    if section.pairs:
-        yield from read_pairs(Path(section.pairs), max_characters=section.max_characters, bad_rows=section.bad_rows)
-    columns = Columns(
-        section.text_column,
-        section.query_column,
-        source=section.source_column,
-        max_characters=section.max_characters,
-        bad_rows=section.bad_rows,
-    )
-    yield from read_corpus(section.source, columns)
+    encoded = sum(encode_missing(recipe, teacher, read(kind), kind) for kind in kinds)
+    if not found:
+        do = "look at the files, and at corpus.min_characters and bad_rows"
+        raise UsageError("corpus", "no text in it", "one at the very least", do)
+    return encoded
 
 
 def open_teacher(recipe: Recipe, cache_dir: Path) -> CachedTeacher:

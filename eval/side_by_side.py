@@ -7,6 +7,7 @@ r"""What sentence-transformers' own ways make of the same teacher, texts, vector
 layers: its example of model distillation, layers 1, 4, 7 and 10 of the teacher and MSELoss.
 tinybert: its way for a small student, a random BERT of 4 layers x 312 and EmbedDistillLoss with a projection.
 Both with its trainer, batches of 64 in random order, a tenth of warm-up, in bfloat16, which is its faster setting here,
+texts cut at 128 tokens while it trains (a random batch is padded to its longest text, and so was the teacher trained),
 and as many steps as the minutes have room for.
 """
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, type=Path, help="a run: its teacher, its texts, its vectors")
     parser.add_argument("--minutes", required=True, type=float, help="of training")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--tokens", type=int, default=128, help="of a text that training sees")
     parser.add_argument("--out", required=True, type=Path)
     given = parser.parse_args()
     recipe = load_recipe(given.run / "recipe.yaml")
@@ -59,17 +61,19 @@ def main() -> None:
     vectors = np.concatenate([teacher.vectors(some, kind) for kind, some in material.trained.items() if some])
     lessons = Dataset.from_dict({"text": texts, "label": list(vectors)}).shuffle(recipe.seed)
     torch.manual_seed(recipe.seed)
-    seconds = time_step(make_loss(given.way, load(located)), lessons)
+    seconds = time_step(make_loss(given.way, load(located), given.tokens), lessons)
     steps = round(60 * given.minutes / seconds)
     print(f"{steps:,} steps of {BATCH} texts, {seconds:.2f} s each", flush=True)
-    loss = make_loss(given.way, load(located))
+    loss = make_loss(given.way, load(located), given.tokens)
     train(loss, lessons, steps, given.learning_rate)
+    loss.model.max_seq_length = load(located).max_seq_length
     loss.model.save(str(given.out))
 
 
-def make_loss(way: str, teacher: SentenceTransformer) -> Any:
+def make_loss(way: str, teacher: SentenceTransformer, tokens: int) -> Any:
     """Return the loss of an untrained student, which has the student as its `model`."""
     body: Any = teacher[0]
+    body.max_seq_length = tokens
     if way == "layers":
         body.model = keep_layers(body.model, LAYERS)
         return MSELoss(teacher)

@@ -93,6 +93,9 @@ def test_bad_input_says_where_what_and_what_to_do(tmp_path: Path) -> None:
         "a.txt:1: text has 1,000,001 characters; expected at most 100,"
     )
     assert bad(tmp_path, "a.csv", b"text\n" + b"x" * 1_000_001).startswith("a.csv:2: text has 1,000,001 characters")
+    csv_of_two = b'text,n\n"one\nline",1\n"two, 2\n"three",3\n'
+    assert bad(tmp_path, "a.csv", csv_of_two).startswith("a.csv:4: not CSV: ',' expected after '\"'; expected columns")
+    assert bad(tmp_path, "a.csv", b'text\n"one\ntwo\n').startswith("a.csv:2: not CSV: unexpected end of data")
     assert bad(tmp_path, "a.jsonl", b'{"text": "\\ud800"}').startswith("a.jsonl:1: text has half of a surrogate pair")
     assert bad(tmp_path, "a.parquet.gz", b"").startswith("a.parquet.gz: a .gz file; expected .txt, .csv, .jsonl")
     assert bad(tmp_path, "a.parquet", b"PAR1 no").startswith("a.parquet: Parquet")
@@ -125,6 +128,9 @@ def test_a_row_need_not_have_a_query_or_a_negative(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     paired = list(read_pairs(tmp_path / "pairs.jsonl", max_characters=100, bad_rows="error"))
     assert [record.negative for record in paired if record] == [None, "n2", None]
+    (tmp_path / "b.jsonl").write_text('{"question": "q", "answer": "a"}')
+    with pytest.raises(UsageError, match=r"no column 'positive'; .*; call its columns anchor, positive and"):
+        next(read_pairs(tmp_path / "b.jsonl", max_characters=100, bad_rows="error"))
 
 
 def test_of_a_parquet_file_what_is_asked_for_is_read(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ ORDER = [
     "forecast",
     "report",
     "search",
+    "sources",
     "stages",
     "precomputation",
     "outlook",
@@ -60,6 +61,7 @@ def test_only_what_makes_a_run_knows_a_recipe() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("embedistill.recipe")
     }
     assert knowing - {"__init__", "recipe"} == {
+        "sources",
         "stages",
         "precomputation",
         "outlook",

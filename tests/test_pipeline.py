@@ -34,6 +34,7 @@ from embedistill.evaluation.loading import load_task
 from embedistill.evaluation.segments import Segment
 from embedistill.precomputation import encode_corpus
 from embedistill.report.document import load_report, save_report
+from embedistill.teacher import locate
 
 RUN = """
 import os, signal, sys
@@ -648,6 +649,53 @@ def test_a_training_that_cannot_be_is_refused_before_anything_is_encoded(
     fixed = ("corpus.query_column=null", "evaluation.tasks=[agreement]", "search=null")
     with pytest.raises(UsageError, match=message):
         distill(load_recipe(recipe_file, *fixed, setting), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("corpus.source=nowhere.txt", r"nowhere\.txt: no such file or folder"),
+        ("corpus.text_column=text", r"no column 'text'; expected one of: body, title"),
+        ("corpus.pairs={corpus}", r"no column 'positive'; expected one of: body, title"),
+    ],
+)
+def test_a_corpus_that_cannot_be_read_is_said_before_the_teacher_is_looked_for(
+    recipe_file: Path, corpus_file: Path, tmp_path: Path, setting: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "locate", lambda *given, **named: pytest.fail("looked for"))
+    monkeypatch.setattr(precomputation, "locate", lambda *given, **named: pytest.fail("looked for"))
+    recipe = load_recipe(recipe_file, setting.format(corpus=corpus_file))
+    for wanted in (lambda: distill(recipe, tmp_path / "run"), lambda: encode_corpus(recipe)):
+        with pytest.raises(UsageError, match=message):
+            wanted()
+
+
+def test_a_corpus_without_a_text_is_not_taken_for_one_that_is_encoded(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UsageError, match="corpus: no text in it; expected one at the very least"):
+        encode_corpus(load_recipe(recipe_file, f"corpus={{source: {tmp_path / 'empty.txt'}}}"), tmp_path / "cache")
+
+
+def test_a_damaged_file_of_a_run_is_named(finished: Path) -> None:
+    record = finished / "run" / "run.json"
+    whole = record.read_text()
+    record.write_text(whole[:-40])
+    try:
+        with pytest.raises(EmbedistillError, match=r"run\.json: damaged: .*; expected JSON; restore it, or make anew"):
+            again(finished)
+    finally:
+        record.write_text(whole)
+
+
+def test_a_run_stands_for_its_student_wherever_a_model_is_asked_for(
+    finished: Path, teacher_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    run = finished / "run"
+    found = locate(str(run), models_dir=tmp_path)
+    assert (found.name, found.path) == (str(run), run / "model")
+    assert found.weights_sha256 == locate(str(run / "model"), models_dir=tmp_path).weights_sha256
+    report = evaluate(teacher_dir, ["STS12"], data=data_dir, baselines=[str(run)])
+    assert [model.role for model in report.models] == ["student", str(run)]
 
 
 @pytest.mark.parametrize("curriculum", ["length", "queries-last", "error"])

@@ -37,7 +37,11 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(caches.app, name="cache")
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings to change, as key=value: training.minutes=30", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        help="Settings to change, as key=value: training.minutes=30. A section given whole replaces the recipe's.",
+        show_default=False,
+    ),
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with sts/NAME.jsonl, retrieval/NAME/, ...")]
 MarginOption = Annotated[float | None, typer.Option(help="Share that may be lost: the verdict; default: 0.03.")]
@@ -133,8 +137,11 @@ def encode(
 
 @app.command()
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check a recipe, and say all that is wrong with it at once."""
+    """Check a recipe and what it reads from here, and say all that is wrong with its settings at once."""
     loaded = load_recipe(recipe, *(overrides or []))
+    from embedistill.sources import check_corpus
+
+    check_corpus(loaded.corpus)
     typer.echo(f"{find_recipe(recipe)}: valid; embedistill run makes runs/{loaded.name}")
 
 
@@ -208,7 +215,7 @@ def evaluate(
 
 @app.command()
 def benchmark(
-    model: Annotated[str, typer.Argument(help="A folder or a model id.")],
+    model: Annotated[str, typer.Argument(help="A folder, a model id, or the folder of a run: its student.")],
     task: Annotated[
         list[str] | None, typer.Option(help="A task of mteb; may be given again; default: all of --data.")
     ] = None,

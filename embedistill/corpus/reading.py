@@ -27,6 +27,7 @@ from embedistill.progress import progress_bar
 SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 _PARQUET_ROWS = 8_192
 _HUB = "hf:org/dataset[:config][:split][#text column]"
+_PAIRS = "call its columns anchor, positive and, if there is one, negative"
 _SPLITS = {"train", "validation", "test", "dev"}
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
@@ -37,7 +38,7 @@ Row = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a source are read, and what becomes of a bad row."""
+    """Which columns of a source are read, what becomes of a bad row, and what to do where a column is missing."""
 
     text: str = "text"
     query: str | None = None
@@ -45,6 +46,7 @@ class Columns:
     source: str = "source"
     max_characters: int = 100_000
     bad_rows: OnBad = "error"
+    name_them: str = "set corpus.text_column, query_column or source_column"
 
 
 def describe_source(source: str | Sequence[str]) -> list[Any]:
@@ -130,7 +132,9 @@ def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[
         bad_rows: What becomes of one.
     """
     for file in _list_files(path):
-        columns = Columns("positive", "anchor", "negative", max_characters=max_characters, bad_rows=bad_rows)
+        columns = Columns(
+            "positive", "anchor", "negative", max_characters=max_characters, bad_rows=bad_rows, name_them=_PAIRS
+        )
         yield from _to_records(_file_rows(file, columns), columns, file.name.split(".")[0])
 
 
@@ -140,8 +144,7 @@ def _check_columns(where: str, row: Mapping[str, Any], columns: Columns) -> None
     for column in (columns.text, columns.query, asked):
         if column and column not in row:
             names = ", ".join(str(name) for name in row)
-            do = "set corpus.text_column, query_column or source_column"
-            raise UsageError(where, f"no column {column!r}", f"one of: {names}", do)
+            raise UsageError(where, f"no column {column!r}", f"one of: {names}", columns.name_them)
 
 
 def _find_problem(where: str, row: Mapping[str, Any], columns: Columns) -> UsageError | None:
@@ -205,7 +208,7 @@ def _file_rows(path: Path, columns: Columns) -> Iterator[Row]:
                 yield from _csv_rows(path)
             case _:
                 yield from ((where, {"text": line}) for where, line in read_text_lines(path) if line.strip())
-    except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the file system's
         raise UsageError(str(path), str(error), f"a {_suffix(path)} file", "check how it was written") from None
@@ -241,9 +244,16 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # max_characters is the limit, and names the row
-    reader = csv.DictReader(line for _, line in read_text_lines(path))
-    for row in reader:
-        yield f"{path}:{reader.line_num}", row
+    reader = csv.DictReader((line for _, line in read_text_lines(path)), strict=True)
+    done = 0  # lines
+    try:
+        done = reader.line_num if reader.fieldnames else 0
+        for row in reader:
+            yield f"{path}:{done + 1}", row
+            done = reader.line_num
+    except csv.Error as error:
+        do = "mend the row that begins there: a quote within quotes is doubled, and the last one is closed"
+        raise UsageError(f"{path}:{done + 1}", f"not CSV: {error}", "columns, in quotes or not", do) from None
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:

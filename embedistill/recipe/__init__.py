@@ -4,7 +4,15 @@ A recipe has a closed vocabulary. All that is wrong with one is said at once, be
 Nothing here imports torch, so that checking a recipe takes a fraction of a second.
 """
 
-from embedistill.recipe.loading import Setting, dump_recipe, find_recipe, list_recipes, list_settings, load_recipe
+from embedistill.recipe.loading import (
+    REMOTE_SOURCES,
+    Setting,
+    dump_recipe,
+    find_recipe,
+    list_recipes,
+    list_settings,
+    load_recipe,
+)
 from embedistill.recipe.sections import (
     AFTERWARDS,
     AGREEMENT,
@@ -22,6 +30,7 @@ __all__ = [
     "AGREEMENT",
     "KNOWN_ITEM",
     "LIVE",
+    "REMOTE_SOURCES",
     "AssistantSection",
     "CorpusSection",
     "CourseSection",

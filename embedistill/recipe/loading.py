@@ -127,7 +127,13 @@ def _explain(detail: ErrorDetails, lines: dict[Location, str], path: Path) -> Us
             return UsageError(where, f"{key}: missing", do="set it; what it means: embedistill recipes settings")
         case _:
             wrong = re.sub(r"^(Input should be|Value error,) ", "", detail["msg"])
-            return UsageError(where, f"{key}: {detail['input']!r}", wrong) if key else UsageError(where, wrong)
+            if not key:
+                return UsageError(where, wrong)
+            if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+                inside = dict.fromkeys(line for inner, line in lines.items() if inner[: len(place)] == place)
+                overrides = [line for line in inside if not line.startswith(f"{path}:")]
+                return UsageError(" and ".join(overrides) or where, f"{key}: its settings together", wrong)
+            return UsageError(where, f"{key}: {detail['input']!r}", wrong)
 
 
 def _merge(problems: list[UsageError]) -> list[UsageError]:

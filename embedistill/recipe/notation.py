@@ -95,6 +95,8 @@ def apply_override(override: str, tree: dict[str, Any], lines: dict[Location, st
         value = parse(text)
     except yaml.YAMLError:
         value = text
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        value = text  # with a colon in it, such as a prompt
     *folders, name = place = tuple(key.split("."))
     for folder in folders:
         if not isinstance(tree.setdefault(folder, {}), dict):
