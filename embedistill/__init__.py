@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedistill.judgement import benchmark, compare, evaluate
+    from embedistill.judgement import compare, evaluate
+    from embedistill.leaderboard import benchmark
     from embedistill.pipeline import Run, distill
     from embedistill.recipe import Recipe, load_recipe
 
@@ -20,7 +21,7 @@ __all__ = ["Recipe", "Run", "benchmark", "compare", "distill", "evaluate", "load
 _HOMES = {
     "Recipe": "recipe",
     "Run": "pipeline",
-    "benchmark": "judgement",
+    "benchmark": "leaderboard",
     "compare": "judgement",
     "distill": "pipeline",
     "evaluate": "judgement",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
@@ -17,9 +16,8 @@ from embedistill.choices import Encodes, IndexKind
 from embedistill.corpus.records import load_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
-from embedistill.encoding.local import LocalEncoder, encode_here
+from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import UsageError
-from embedistill.evaluation.benchmark import list_benchmark_tasks, run_benchmark, write_submission
 from embedistill.evaluation.comparison import compare_results
 from embedistill.evaluation.loading import list_tasks, load_tasks
 from embedistill.evaluation.scoring import TEACHER, Encoder, Result, load_results, save_results
@@ -49,7 +47,7 @@ from embedistill.evaluation.trial import (
     measure_candidates,
     score_all,
 )
-from embedistill.files import fingerprint, read_json
+from embedistill.files import read_json
 from embedistill.report.document import Report, load_report, save_report
 from embedistill.report.rendering import write_page
 from embedistill.stages import list_versions
@@ -67,6 +65,7 @@ RESAMPLES = 10_000
 SEED = 42
 MARGIN = 0.03
 """What a student may lose, where nothing else is said."""
+_GIVE_TEACHER = "give --teacher too"
 _ROLES = {TEACHER, STUDENT, UNTRAINED, WORDS, PCA}
 
 
@@ -110,29 +109,19 @@ def evaluate(
         EmbedistillError: The Hub does not answer.
     """
     for name, given in (("margin", margin), ("segment_margin", segment_margin)):
-        if given is not None and teacher is None:
-            raise UsageError(name, "no teacher to keep anything of", "a teacher beside it", "give --teacher too")
         _check_share(name, given)
+        if given is not None and teacher is None:
+            raise UsageError(name, "no teacher to keep anything of", "a teacher beside it", _GIVE_TEACHER)
     if documents == TEACHER and teacher is None:
-        raise UsageError("documents: teacher", "no teacher", "one that encodes documents", "give --teacher too")
-    cache, folder = Path(cache_dir or default_cache_dir()), Path(data) if data else None
-    names = tasks or (list_tasks(folder) if folder else [])
-    if not names:
-        found = f"none in {folder}" if folder else "none, and no folder of them"
-        raise UsageError("tasks", found, "names of tasks, or --data DIR for all of a folder")
-    loaded = load_tasks(names, folder, skip_missing=False)
-    run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
+        raise UsageError("documents: teacher", "no teacher", "one that encodes documents", _GIVE_TEACHER)
+    _check_baselines(baselines)
     _check_out(out)
+    cache = Path(cache_dir or default_cache_dir())
+    loaded = _load_tasks(tasks, Path(data) if data else None, with_teacher=teacher is not None)
+    run = Path(model) if (Path(model) / "model").is_dir() and (Path(model) / "run.json").is_file() else None
     local = LocalEncoder(_locate_teacher(teacher, run, cache), choose_dtype("auto")) if teacher else None
     vectors = CachedTeacher(local, cache / "embeddings").vectors if local else None
-    agreement = [task.name for task in loaded if isinstance(task, AgreementTask)]
-    if agreement and teacher is None:
-        raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", "give --teacher too")
     student = locate(str(model), models_dir=cache / "models")
-    taken = [name for name in baselines if name in _ROLES]
-    if taken:
-        found, do = f"{taken[0]}, which models of an evaluation are called", f"give its path: ./{taken[0]}"
-        raise UsageError("--baseline", found, "another name", do)
     located = {name: locate(name, models_dir=cache / "models") for name in baselines}
     records = load_corpus(run / "corpus.parquet")["train"] if run else []
     candidates = _list_candidates(student, local, vectors)
@@ -166,50 +155,6 @@ def evaluate(
     if out:
         _write(report, Path(out))
     return report
-
-
-def benchmark(
-    model: str | Path,
-    tasks: Sequence[str] | None = None,
-    *,
-    data: str | Path | None = None,
-    out: str | Path = "mteb",
-    cache_dir: str | Path | None = None,
-) -> dict[str, float]:
-    """Run tasks of mteb with mteb's own evaluators, and return their main scores.
-
-    Args:
-        model: A folder or a model id; of the folder of a run, its student.
-        tasks: Their names in mteb; default: all that `data` has data for.
-        data: Folder as `evaluate` takes it; what it has not comes from the Hub.
-        out: Folder of mteb's result cache, and of `.eval_results/`, the files that the Hub reads from a model's own.
-        cache_dir: Folder for models; default: `default_cache_dir()`.
-
-    Raises:
-        UsageError: There is no such model, task or data.
-        EmbedistillError: The Hub does not answer.
-    """
-    folder = Path(data) if data else None
-    names = tasks or (list_benchmark_tasks(folder) if folder else [])
-    if not names:
-        raise UsageError("tasks", "none, and no folder with data", "names of mteb's tasks, or --data DIR")
-    located = locate(str(model), models_dir=Path(cache_dir or default_cache_dir()) / "models")
-    encoder, name = (
-        LocalEncoder(located, torch.float32),
-        Path(model).absolute().name if Path(model).is_dir() else str(model),
-    )
-    revision = fingerprint([located.weights_sha256, located.settings_sha256])[:16]
-    scores = run_benchmark(
-        names,
-        partial(encode_here, encoder, name),
-        model_name=name,
-        revision=revision,
-        embedding_size=encoder.model.get_embedding_dimension() or 0,
-        results_dir=Path(out),
-        folder=folder,
-    )
-    write_submission(Path(out), Path(out), model_name=name, revision=revision)
-    return scores
 
 
 def judge(
@@ -283,18 +228,11 @@ def compare(
         raise UsageError(", ".join(map(str, folders)), "one run twice", "runs that differ", "leave one out")
     results = [{(found.task, found.role): found for found in load_results(folder / "results")} for folder in folders]
     names = _distinct_names(folders)
-    plain = {key: found for key, found in results[0].items() if not key[0].startswith(MISSPELT)}
-    teachers = {task: found for (task, role), found in plain.items() if role == TEACHER}
-    shared = [
-        task
-        for task, teacher in teachers.items()
-        if all(_same_items(teacher, found.get((task, TEACHER))) for found in results)
-        and len({found[task, STUDENT].details.get("documents") for found in results}) == 1  # whose they search
-    ]
+    shared = _list_shared(results)
     if not shared:
         do = "compare runs of one teacher that were evaluated on the same tasks"
         raise UsageError(", ".join(str(folder) for folder in folders), "no task with the same items in all", do=do)
-    chosen = [teachers[task] for task in shared]
+    chosen = [results[0][task, TEACHER] for task in shared]
     for name, found in zip(names, results, strict=True):
         chosen += [replace(found[task, STUDENT], role=name) for task in shared]
     models = [next(model for model in reports[0].models if model.role == TEACHER)]
@@ -320,6 +258,26 @@ def compare(
     if out:
         _write(report, Path(out))
     return report
+
+
+def _load_tasks(names: Sequence[str] | None, folder: Path | None, *, with_teacher: bool) -> list[Task]:
+    """Load the named tasks, or all of a folder; only with a teacher is there something to agree with."""
+    names = names or (list_tasks(folder) if folder else [])
+    if not names:
+        found = f"none in {folder}" if folder else "none, and no folder of them"
+        raise UsageError("tasks", found, "names of tasks, or --data DIR for all of a folder")
+    tasks = load_tasks(names, folder, skip_missing=False)
+    agreement = [task.name for task in tasks if isinstance(task, AgreementTask)]
+    if agreement and not with_teacher:
+        raise UsageError(", ".join(agreement), "texts alone", "a teacher to agree with", _GIVE_TEACHER)
+    return tasks
+
+
+def _check_baselines(names: Sequence[str]) -> None:
+    taken = [name for name in names if name in _ROLES]
+    if taken:
+        found, do = f"{taken[0]}, which models of an evaluation are called", f"give its path: ./{taken[0]}"
+        raise UsageError("--baseline", found, "another name", do)
 
 
 def _check_share(name: str, value: float | None) -> None:
@@ -404,6 +362,18 @@ def _find_space(folder: Path, teacher: LocatedModel | None) -> Callable[[Matrix]
 
 def _same(vectors: Matrix) -> Matrix:
     return vectors
+
+
+def _list_shared(results: Sequence[Mapping[tuple[str, str], Result]]) -> list[str]:
+    """Return the tasks that all runs, whose results are by task and role, have with the same items."""
+    return [
+        task
+        for (task, role), teacher in results[0].items()
+        if role == TEACHER
+        and not task.startswith(MISSPELT)
+        and all(_same_items(teacher, found.get((task, TEACHER))) for found in results)
+        and len({found[task, STUDENT].details.get("documents") for found in results}) == 1  # whose they search
+    ]
 
 
 def _same_items(teacher: Result, other: Result | None) -> bool:

@@ -29,6 +29,7 @@ ORDER = [
     "precomputation",
     "outlook",
     "judgement",
+    "leaderboard",
     "teaching",
     "examination",
     "material",

@@ -226,9 +226,9 @@ def benchmark(
 ) -> None:
     """Run tasks of mteb with its own evaluators, on data from a folder or the Hub; what was run is not run again."""
     hush()
-    from embedistill import judgement
+    from embedistill import leaderboard
 
-    scores = judgement.benchmark(model, task, data=data, out=out, cache_dir=cache_dir)
+    scores = leaderboard.benchmark(model, task, data=data, out=out, cache_dir=cache_dir)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
     else:
