@@ -124,35 +124,24 @@ def cut_batches(runs: Iterable[Run], lengths: Matrix, batching: Batching) -> Ite
     Raises:
         UsageError: No batch of a run has a text for each part.
     """
-    groups: list[list[int]] = []  # of the batch that is being filled: a text and those that joined it
-    held: set[int] = set()
-    tokens = 0.0
+    filling = _Filling(lengths, batching)
     for rows, random in runs:
-        is_held = np.isin(rows, list(held))
+        is_held = np.isin(rows, list(filling.held))
         yielded = False
         for row in [*rows[~is_held].tolist(), *rows[is_held].tolist()]:
-            if row in held:
+            if row in filling.held:
                 continue  # it has joined another
-            joined = dict.fromkeys([row, *_accompany(row, batching, random)])
-            while groups and _is_over([one for one in joined if one not in held], len(held), tokens, lengths, batching):
-                batch, rest = _split(groups, batching)
-                if not batch:
-                    break
-                yield _deal(batch, batching.parts)
-                yielded, groups, held = True, rest, {one for group in rest for one in group}
-                tokens = float(lengths[list(held)].sum())
-            fresh = [one for one in joined if one not in held]
-            groups.append(fresh)
-            held.update(fresh)
-            tokens += float(lengths[fresh].sum())
+            joined = list(dict.fromkeys([row, *_accompany(row, batching, random)]))
+            while filling.is_over(joined) and (batch := filling.take()):
+                yield batch
+                yielded = True
+            filling.add(joined)
         if not yielded:
-            batch, groups = _split(groups, batching)
+            batch = filling.take()
             if not batch:
                 found = f"no batch of {batching.parts} texts or more, for {batching.parts} parts"
                 raise UsageError("training.batch_size, batch_tokens", found, do="raise them, or use fewer processes")
-            yield _deal(batch, batching.parts)
-            held = {one for group in groups for one in group}
-            tokens = float(lengths[list(held)].sum())
+            yield batch
 
 
 def count_batches(lengths: Matrix, batching: Batching) -> float:
@@ -164,10 +153,37 @@ def count_batches(lengths: Matrix, batching: Batching) -> float:
     return n_batches / repeats * len(lengths) / len(some)
 
 
-def _is_over(fresh: list[int], n_held: int, tokens: float, lengths: Matrix, batching: Batching) -> bool:
-    """Return whether a batch with some rows more would be beyond its budgets."""
-    too_many = n_held + len(fresh) > batching.size
-    return too_many or (batching.tokens is not None and tokens + float(lengths[fresh].sum()) > batching.tokens)
+class _Filling:
+    """A batch that is being filled: groups of a text and those that joined it."""
+
+    def __init__(self, lengths: Matrix, batching: Batching) -> None:
+        self._lengths, self._batching = lengths, batching
+        self._keep([])
+
+    def _keep(self, groups: list[list[int]]) -> None:
+        self._groups, self.held = groups, {row for group in groups for row in group}
+        self._tokens = float(self._lengths[list(self.held)].sum()) if groups else 0.0
+
+    def is_over(self, rows: list[int]) -> bool:
+        """Say whether it would be beyond its budgets with some rows more."""
+        fresh = [row for row in rows if row not in self.held]
+        tokens = self._tokens + float(self._lengths[fresh].sum())
+        too_many = len(self.held) + len(fresh) > self._batching.size
+        return too_many or (self._batching.tokens is not None and tokens > self._batching.tokens)
+
+    def add(self, rows: list[int]) -> None:
+        """Put a group into it."""
+        fresh = [row for row in rows if row not in self.held]
+        self._groups.append(fresh)
+        self.held.update(fresh)
+        self._tokens += float(self._lengths[fresh].sum())
+
+    def take(self) -> list[list[int]]:
+        """Take a batch out, in its parts, and keep what is over; nothing where there is too little for all parts."""
+        batch, rest = _split(self._groups, self._batching)
+        if batch:
+            self._keep(rest)
+        return _deal(batch, self._batching.parts) if batch else []
 
 
 def _split(groups: list[list[int]], batching: Batching) -> tuple[list[list[int]], list[list[int]]]:
