@@ -40,7 +40,7 @@ from embedistill.training.objectives import (
     ranking_distance,
     similarity_divergence,
 )
-from embedistill.training.packed import without_padding
+from embedistill.training.packed import list_runs, without_padding
 from embedistill.training.readings import Dev, Reading, find_fault, measure
 
 
@@ -460,6 +460,38 @@ def test_insides_are_followed_and_nothing_of_it_stays_in_the_student(
     assert set(load_file(kept[-1])) == {"internals.maps.0.weight", "internals.maps.1.weight"}
 
 
+def test_insides_are_compared_in_runs_of_like_length_as_in_one(
+    setting: SimpleNamespace, mpnet_dir: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = SentenceTransformer(str(mpnet_dir), device="cpu"), setting.make_student().eval()
+    internals = Internals(student, teacher, [(0, 0), (1, 3)], relation_heads=4)
+    features = student.preprocess([sentences[0], sentences[1] * 3, "ship", sentences[2]])
+
+    def run_it() -> list[torch.Tensor]:
+        student.zero_grad()
+        with internals.watched(features):
+            student(dict(features))
+        terms = [internals.distance("layers"), internals.distance("attention")]
+        torch.stack(terms).sum().backward()
+        gradient = next(student[0].parameters()).grad
+        assert gradient is not None
+        return [*(term.detach() for term in terms), gradient.clone()]
+
+    whole = run_it()
+    assert len(list_runs(features["attention_mask"])) == 1
+    monkeypatch.setattr("embedistill.training.packed._PADDING_OF_RUNS", 4)
+    assert len(list_runs(features["attention_mask"])) > 1
+    torch.testing.assert_close(run_it(), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_runs_of_a_batch_are_of_like_length_and_one_where_padding_is_in_front() -> None:
+    mask = torch.zeros(4, 300, dtype=torch.long)
+    for row, length in enumerate((300, 5, 280, 6)):  # padded to 300: 20 tokens, 294 with them, then 609: over 512
+        mask[row, :length] = 1
+    assert [(rows.tolist(), longest) for rows, longest in list_runs(mask)] == [([1], 5), ([3, 2, 0], 300)]
+    assert [(rows.tolist(), longest) for rows, longest in list_runs(mask.flip(1))] == [([0, 1, 2, 3], 300)]
+
+
 @pytest.mark.parametrize(("architecture", "packs"), [("bert", True), ("mpnet", True), ("mpnet", False)])
 def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
     teacher_dir: Path,
@@ -484,7 +516,7 @@ def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
     monkeypatch.setattr("embedistill.training.packed._PADDING", {"cpu": 4})  # three runs, one of them padded
     if not packs:  # as for other architectures
         monkeypatch.setattr("embedistill.training.packed.is_bert_like", lambda model: False)
-        monkeypatch.setattr("embedistill.training.packed._RUNS", 2)
+        monkeypatch.setattr("embedistill.training.packed._PADDING_OF_RUNS", 4)
     with without_padding(model, torch.float32):
         packed_vectors, packed_grads = run_it()
     torch.testing.assert_close(packed_vectors, vectors, atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from embedistill.architectures import architecture_of, find_layers
 from embedistill.errors import UsageError
+from embedistill.training.packed import in_runs, list_runs
 
 _RELATIONS = ("query", "key", "value")
 
@@ -52,13 +54,14 @@ class Internals(nn.Module):
         for linear in maps:
             nn.init.orthogonal_(linear.weight)
         self.maps = nn.ModuleList(maps)
-        self._seen: dict[tuple[str, int, str], Tensor] = {}
-        self._mask = torch.empty(0)
+        self._seen: dict[tuple[str, int, str], list[Tensor]] = {}
+        self._masks: list[Tensor] = []
 
     @contextmanager
     def watched(self, features: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run the teacher on the tokens of a batch, and see what it and the student do with them inside."""
-        self._seen, self._mask = {}, features["attention_mask"].bool()
+        """Run the teacher on the tokens of a batch, and see what it and the student do with them inside, run by run."""
+        mask = features["attention_mask"].bool()
+        self._seen, self._masks = defaultdict(list), [mask[rows, :longest] for rows, longest in list_runs(mask)]
         hooks = [
             module.register_forward_hook(self._watch(role, layer, part))
             for role, place in (("student", 0), ("teacher", 1))
@@ -67,9 +70,10 @@ class Internals(nn.Module):
         ]
         try:
             body = self._bodies["teacher"].to(features["input_ids"].device)
-            with torch.no_grad():
+            with in_runs(body), torch.no_grad():
                 body(input_ids=features["input_ids"], attention_mask=features["attention_mask"])
-            yield
+            with in_runs(self._bodies["student"]):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -85,7 +89,7 @@ class Internals(nn.Module):
 
     def _watch(self, role: str, layer: int, part: str) -> Any:
         def keep(_module: nn.Module, _given: Any, output: Any) -> None:
-            self._seen[role, layer, part] = output[0] if isinstance(output, tuple) else output
+            self._seen[role, layer, part].append(output[0] if isinstance(output, tuple) else output)
 
         return keep
 
@@ -94,22 +98,24 @@ class Internals(nn.Module):
         return torch.stack([getattr(self, f"_{term}")(number) for number in range(len(self.pairs))]).mean()
 
     def _layers(self, number: int) -> Tensor:
-        (own, theirs), mask = self.pairs[number], self._mask
-        student, teacher = self._seen["student", own, "states"], self._seen["teacher", theirs, "states"]
-        return states_distance(self.maps[number](student[mask]).float(), teacher[mask].float())
+        own, theirs = self.pairs[number]
+        seen = self._seen["student", own, "states"], self._seen["teacher", theirs, "states"]
+        student, teacher = (
+            torch.cat([states[mask] for states, mask in zip(some, self._masks, strict=True)]) for some in seen
+        )
+        return states_distance(self.maps[number](student).float(), teacher.float())
 
     def _attention(self, number: int) -> Tensor:
         own, theirs = self.pairs[number]
+        n_tokens = sum(int(mask.sum()) for mask in self._masks)
         found = [
-            relation_divergence(
-                self._seen["student", own, part],
-                self._seen["teacher", theirs, part],
-                self._mask,
-                self.relation_heads or 1,
-            )
+            relation_divergence(student, teacher, mask, self.relation_heads or 1) * (mask.sum() / n_tokens)
             for part in _RELATIONS
+            for student, teacher, mask in zip(
+                self._seen["student", own, part], self._seen["teacher", theirs, part], self._masks, strict=True
+            )
         ]
-        return torch.stack(found).mean()
+        return torch.stack(found).sum() / len(_RELATIONS)
 
 
 def states_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from embedistill.architectures import architecture_of, find_layers
 from embedistill.encoding.packed import find_padding, group, is_bert_like, positions_of
 
-_RUNS = 8
 _PADDING = {"cpu": 64, "cuda": 16_384}  # tokens that cost about as much as another run of texts
+_PADDING_OF_RUNS = 512  # the same, where a run is one of the whole transformer
 
 
 @contextmanager
@@ -41,11 +41,43 @@ def without_padding(student: SentenceTransformer, dtype: torch.dtype) -> Iterato
     if not fit or device not in _PADDING or (device != "cpu" and not packs):
         yield
         return
-    body.forward = _Forward(body, dtype) if packs else _Runs(body.forward)
+    if not packs:
+        with in_runs(body):
+            yield
+        return
+    body.forward = _Forward(body, dtype)
     try:
         yield
     finally:
         del body.forward
+
+
+@contextmanager
+def in_runs(body: Any) -> Iterator[None]:
+    """Let a transformer take the texts of a batch in runs of like length for a while; what it gives stays as it is."""
+    body.forward = _Runs(body.forward)
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+def list_runs(mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Return the rows of each run of a batch, and the tokens of its longest text.
+
+    All texts are one run on a GPU, and where padding does not stand behind them.
+
+    Args:
+        mask: Not zero where there is a token, shape (n_texts, n_tokens).
+    """
+    if mask.device.type != "cpu" or not mask[:, 0].all():
+        return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
+    lengths, order = mask.sum(1).sort(stable=True)
+    runs, text = [], 0
+    for _, n_texts, longest in group(_pad(lengths.tolist(), _PADDING_OF_RUNS)):
+        runs.append((order[text : text + n_texts], longest))
+        text += n_texts
+    return runs
 
 
 class _Runs:
@@ -57,10 +89,8 @@ class _Runs:
     def __call__(self, **given: Any) -> BaseModelOutput:
         """Return last hidden states as the model would, zeros where there is padding."""
         mask = given["attention_mask"]
-        order = mask.sum(1).argsort(stable=True)
         found: Tensor | None = None
-        for rows in order.chunk(min(_RUNS, len(order))):
-            longest = int(mask[rows].sum(1).max())
+        for rows, longest in list_runs(mask):
             cut = {
                 name: value[rows, :longest] if isinstance(value, Tensor) and value.shape == mask.shape else value
                 for name, value in given.items()
