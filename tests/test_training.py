@@ -477,19 +477,20 @@ def test_insides_are_compared_in_runs_of_like_length_as_in_one(
         assert gradient is not None
         return [*(term.detach() for term in terms), gradient.clone()]
 
+    monkeypatch.setattr("embedistill.training.packed._PADDING", {"cpu": 1_000})
     whole = run_it()
     assert len(list_runs(features["attention_mask"])) == 1
-    monkeypatch.setattr("embedistill.training.packed._PADDING_OF_RUNS", 4)
+    monkeypatch.setattr("embedistill.training.packed._PADDING", {"cpu": 4})
     assert len(list_runs(features["attention_mask"])) > 1
     torch.testing.assert_close(run_it(), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_runs_of_a_batch_are_of_like_length_and_one_where_padding_is_in_front() -> None:
-    mask = torch.zeros(4, 300, dtype=torch.long)
-    for row, length in enumerate((300, 5, 280, 6)):  # padded to 300: 20 tokens, 294 with them, then 609: over 512
+    mask = torch.zeros(4, 50, dtype=torch.long)
+    for row, length in enumerate((50, 5, 40, 20)):  # padded to 50: 10 tokens, 40 with those, then 85: over 64
         mask[row, :length] = 1
-    assert [(rows.tolist(), longest) for rows, longest in list_runs(mask)] == [([1], 5), ([3, 2, 0], 300)]
-    assert [(rows.tolist(), longest) for rows, longest in list_runs(mask.flip(1))] == [([0, 1, 2, 3], 300)]
+    assert [(rows.tolist(), longest) for rows, longest in list_runs(mask)] == [([1], 5), ([3, 2, 0], 50)]
+    assert [(rows.tolist(), longest) for rows, longest in list_runs(mask.flip(1))] == [([0, 1, 2, 3], 50)]
 
 
 @pytest.mark.parametrize(("architecture", "packs"), [("bert", True), ("mpnet", True), ("mpnet", False)])
@@ -516,7 +517,6 @@ def test_without_padding_a_student_gives_the_same_vectors_and_gradients(
     monkeypatch.setattr("embedistill.training.packed._PADDING", {"cpu": 4})  # three runs, one of them padded
     if not packs:  # as for other architectures
         monkeypatch.setattr("embedistill.training.packed.is_bert_like", lambda model: False)
-        monkeypatch.setattr("embedistill.training.packed._PADDING_OF_RUNS", 4)
     with without_padding(model, torch.float32):
         packed_vectors, packed_grads = run_it()
     torch.testing.assert_close(packed_vectors, vectors, atol=1e-5, rtol=1e-5)

@@ -24,7 +24,6 @@ from embedistill.architectures import architecture_of, find_layers
 from embedistill.encoding.packed import find_padding, group, is_bert_like, positions_of
 
 _PADDING = {"cpu": 64, "cuda": 16_384}  # tokens that cost about as much as another run of texts
-_PADDING_OF_RUNS = 512  # the same, where a run is one of the whole transformer
 
 
 @contextmanager
@@ -74,7 +73,7 @@ def list_runs(mask: Tensor) -> list[tuple[Tensor, int]]:
         return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
     lengths, order = mask.sum(1).sort(stable=True)
     runs, text = [], 0
-    for _, n_texts, longest in group(_pad(lengths.tolist(), _PADDING_OF_RUNS)):
+    for _, n_texts, longest in group(_pad(lengths.tolist(), _PADDING["cpu"])):
         runs.append((order[text : text + n_texts], longest))
         text += n_texts
     return runs
