@@ -41,10 +41,8 @@ def benchmark(
     if not names:
         raise UsageError("tasks", "none, and no folder with data", "names of mteb's tasks, or --data DIR")
     located = locate(str(model), models_dir=Path(cache_dir or default_cache_dir()) / "models")
-    encoder, name = (
-        LocalEncoder(located, torch.float32),
-        Path(model).absolute().name if Path(model).is_dir() else str(model),
-    )
+    encoder = LocalEncoder(located, torch.float32)
+    name = Path(model).absolute().name if Path(model).is_dir() else str(model)
     revision = fingerprint([located.weights_sha256, located.settings_sha256])[:16]
     scores = run_benchmark(
         names,

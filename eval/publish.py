@@ -108,6 +108,9 @@ def main() -> None:
     adding.add_argument("--name", help="default: the name of the run's folder")
     adding.add_argument("--judged", help="on what, where that is not what the others are judged on: a table of its own")
     adding.add_argument("--seed-of", metavar="NAME", help="the published student that is the same but for its seed")
+    adding.add_argument(
+        "--trained", type=int, nargs=3, metavar=("TEXTS", "STEPS", "SECONDS"), help="of a model that is no run's"
+    )
     adding.add_argument("--aim", type=float, nargs=2, metavar=("STS", "RETRIEVAL"), help="percent to keep")
     actions.add_parser("render", help="eval/README.md and the picture")
     arguments = parser.parse_args()
@@ -120,6 +123,7 @@ def main() -> None:
             "judged": arguments.judged,
             "seed_of": arguments.seed_of,
             "commands": arguments.command,
+            **(describe_training(*arguments.trained) if arguments.trained else {}),
             "comparisons": [asdict(row) for row in compare(arguments.results, arguments.role)],
         }
         write_json(STUDENTS / f"{name}.json", found)
@@ -142,6 +146,11 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "hardware": record["hardware"],
         "versions": record["versions"],
     }
+
+
+def describe_training(texts: int, steps: int, seconds: int) -> dict[str, Any]:
+    """Return what is known of the training of a model that is no run's."""
+    return {"texts": texts, "steps": steps, "seconds": {"training": seconds}}
 
 
 def describe_model(name: str) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def summarise(students: list[dict[str, Any]]) -> list[str]:
     head = ["recipe", "layers x width", "parameters", "minutes of training", *(f"{mean}: keeps, %" for mean in MEANS)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for one in _list_alike(students):
-        name = f"`{one['name']}`" if "steps" in one else f"{one['name']}, as it is"
+        name = f"`{one['name']}`" if "seed" in one else one["name"] + (", as it is" if "steps" not in one else "")
         cells = [name, one["shape"], f"{one['parameters'] / 1e6:.1f} M", _minutes(one)]
         lines.append(f"| {' | '.join([*cells, *(_interval(_find(one, mean)) for mean in MEANS)])} |")
     return lines
