@@ -47,7 +47,7 @@ from embedistill.training.readings import Dev, Reading, find_fault, measure
 def test_similarity_divergence_by_hand() -> None:
     """Three vectors; without itself each row has two others, so each softmax is a logistic of a difference."""
     teacher = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    student = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    student = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-0.6, 0.8]])
     temperature = 0.5
 
     def row(first: float, second: float) -> tuple[float, float]:
@@ -55,15 +55,28 @@ def test_similarity_divergence_by_hand() -> None:
         return p, 1 - p
 
     teacher_rows = [row(0.6, 0.0), row(0.6, 0.8), row(0.0, 0.8)]
-    student_rows = [row(0.8, 0.0), row(0.8, 0.6), row(0.0, 0.6)]
+    student_rows = [row(0.8, -0.6), row(0.8, 0.0), row(-0.6, 0.0)]
     expected = sum(
         p * math.log(p / q)
         for ps, qs in zip(teacher_rows, student_rows, strict=True)
         for p, q in zip(ps, qs, strict=True)
     )
     assert similarity_divergence(student, teacher, temperature).item() == pytest.approx(expected / 3, rel=1e-5)
+    reverse = sum(
+        q * math.log(q / p)
+        for ps, qs in zip(teacher_rows, student_rows, strict=True)
+        for p, q in zip(ps, qs, strict=True)
+    )
+    loss = DistillationLoss(Echo(), weigh(similarity=1, reverse_similarity=2), Course(temperature, temperature))
+    terms = loss([{"x": student.requires_grad_()}], label(teacher))
+    assert terms["similarity"].item() == pytest.approx(expected / 3, rel=1e-5)
+    assert terms["reverse_similarity"].item() == pytest.approx(2 * reverse / 3, rel=1e-5)
+    assert reverse != pytest.approx(expected, rel=1e-2)
+    assert torch.autograd.grad(terms["reverse_similarity"], student)[0].abs().max() > 0
     assert similarity_divergence(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
     assert similarity_divergence(teacher[:1], teacher[:1], temperature).item() == 0
+    alone = loss([{"x": student[:1]}], label(teacher[:1]))["reverse_similarity"]
+    assert torch.autograd.grad(alone, student)[0].abs().max() == 0
 
 
 class Echo(torch.nn.Module):

@@ -40,6 +40,7 @@ class ObjectivesSection(Section):
 
     embedding: CourseSection = _term("1 - cosine to the teacher's embedding.", 1.0)
     similarity: CourseSection = _term("KL divergence of the student's in-batch similarities from the teacher's.")
+    reverse_similarity: CourseSection = _term("The same the other way: the teacher's from the student's.")
     matrix: CourseSection = _term("Squared difference of in-batch similarities to the teacher's.")
     contrastive: CourseSection = _term("InfoNCE: the teacher's embedding of the text among those of the batch.")
     ranking: CourseSection = _term("Margins between nearest neighbours and other texts, as large as the teacher's.")
@@ -55,7 +56,7 @@ class ObjectivesSection(Section):
 
     @model_validator(mode="after")
     def _has_a_term(self) -> ObjectivesSection:
-        if not set(self.used) & {"embedding", "similarity", "matrix", "contrastive"}:
+        if not set(self.used) & {"embedding", "similarity", "reverse_similarity", "matrix", "contrastive"}:
             raise ValueError("one weight above 0 of a term that follows the teacher's embeddings")
         return self
 
@@ -108,8 +109,8 @@ class TrainingSection(Section):
     )
     temperature: CourseSection | Literal["learned"] = Field(
         default_factory=lambda: CourseSection(start=0.05),
-        description="Of the terms similarity, contrastive and pairs: a number, a section with start, end and schedule, "
-        "or learned, by contrastive and pairs.",
+        description="Of the terms similarity, reverse_similarity, contrastive and pairs: a number, a section with "
+        "start, end and schedule, or learned, by contrastive and pairs.",
     )
     matryoshka: list[Count] = Field(
         [],

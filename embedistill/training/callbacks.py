@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
             EmbedistillError: It does.
         """
         entry = state.log_history[-1]
-        if "loss" in entry and {"similarity", "contrastive", "pairs"} & set(self.loss.weights):
+        if "loss" in entry and {"similarity", "reverse_similarity", "contrastive", "pairs"} & set(self.loss.weights):
             temperature = self.loss.temperature
             entry["temperature"] = float(temperature.detach() if isinstance(temperature, torch.Tensor) else temperature)
         last = {name: value for name, value in entry.items() if not name.startswith((DEV, TRAINED))}

@@ -17,7 +17,18 @@ from torch.nn import functional
 from embedistill.choices import Curve
 from embedistill.training.internals import Internals
 
-Term = Literal["embedding", "similarity", "matrix", "contrastive", "ranking", "pairs", "layers", "attention", "spread"]
+Term = Literal[
+    "embedding",
+    "similarity",
+    "reverse_similarity",
+    "matrix",
+    "contrastive",
+    "ranking",
+    "pairs",
+    "layers",
+    "attention",
+    "spread",
+]
 
 _INSIDE = {"layers", "attention"}  # terms that have no prefixes
 _BALANCED_EVERY = 50
@@ -54,9 +65,9 @@ class DistillationLoss(nn.Module):
         model: The student.
         weights: Weight by term: embedding is 1 - cosine, the mean over the batch; spread is the two terms of the
             orthogonality regulariser of Zhang et al. (2017), as sentence-transformers has it; layers and attention are
-            of `internals`; the others are the functions of this module.
-        temperature: Of the terms similarity, contrastive and pairs; None: learned, from 0.05 on, kept in 0.01 to 1, as
-            CLIP's (Radford et al., 2021).
+            of `internals`; the others are the functions of this module, reverse_similarity similarity's the other way.
+        temperature: Of the terms similarity, reverse_similarity, contrastive and pairs; None: learned, from 0.05 on,
+            kept in 0.01 to 1, as CLIP's (Radford et al., 2021).
         prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors and the whole, scaled
             to unit length, save those of internals (Matryoshka, Kusupati et al., 2022); none: all dimensions alone.
         balance: Divide each term by the norm of its gradient, a running mean of measurements on every 50th step, so
@@ -157,6 +168,7 @@ class DistillationLoss(nn.Module):
         functions: dict[Term, Callable[[], Tensor]] = {
             "embedding": lambda: self._embedding.compute_loss_from_embeddings([student], [teacher]),
             "similarity": lambda: similarity_divergence(student, teacher, _constant(self.temperature)),
+            "reverse_similarity": lambda: similarity_divergence(teacher, student, _constant(self.temperature)),
             "matrix": lambda: matrix_distance(student, teacher),
             "contrastive": lambda: contrast(student, teacher, self.temperature),
             "ranking": lambda: ranking_distance(student, teacher),
@@ -247,7 +259,9 @@ def similarity_divergence(student: Tensor, teacher: Tensor, temperature: float |
     """Return how far the student's similarities within a batch are from the teacher's.
 
     The mean over i of KL(p_i || q_i), with p_i the softmax over j != i of <t_i, t_j> / T, q_i the same of the student:
-    the soft targets of Hinton et al. (2015), over similarities as in CompRess (Koohpayegani et al., 2020).
+    the soft targets of Hinton et al. (2015), over similarities as in CompRess (Koohpayegani et al., 2020). With the two
+    in each other's place it is the reverse divergence, as in MiniLLM (Gu et al., 2024): it punishes neighbours that are
+    the student's alone, where this way it punishes the teacher's that the student lacks.
 
     Args:
         student: Unit vectors, shape (batch, dim).
@@ -258,7 +272,7 @@ def similarity_divergence(student: Tensor, teacher: Tensor, temperature: float |
         A scalar, at least 0, and 0 where the similarities are the same; 0 for a batch of one.
     """
     if len(student) < 2:
-        return student.sum() * 0
+        return (student.sum() + teacher.sum()) * 0
     itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
     log_q, log_p = (
         functional.log_softmax((vectors @ vectors.T / temperature).masked_fill(itself, -1e4), dim=1)
