@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -38,19 +37,20 @@ def encode_corpus(recipe: Recipe, cache_dir: str | Path | None = None) -> int:
     folder, section = Path(cache_dir or default_cache_dir()), recipe.corpus
     check_corpus(section)
     teacher = open_teacher(recipe, folder)
-    found: Counter[Kind] = Counter()
+    n_texts = 0
 
     def read(kind: Kind) -> Iterator[str]:
+        nonlocal n_texts
         for record in read_records(section):
             if record and len(record.text) >= section.min_characters:
                 texts = [record.query] if kind == "query" else [record.document, record.negative]
                 for text in filter(None, texts):
-                    found[kind] += 1
+                    n_texts += 1
                     yield text
 
     kinds: tuple[Kind, ...] = ("document", "query")
     encoded = sum(encode_missing(recipe, teacher, read(kind), kind) for kind in kinds)
-    if not found:
+    if not n_texts:
         do = "look at the files, and at corpus.min_characters and bad_rows"
         raise UsageError("corpus", "no text in it", "one at the very least", do)
     return encoded

@@ -11,15 +11,16 @@ from embedistill.recipe import REMOTE_SOURCES, CorpusSection
 
 
 def check_corpus(section: CorpusSection) -> None:
-    """Make sure that what a corpus is read from is there, and that the first record of its files can be read.
+    """Make sure that what a corpus is read from is there, and that the first record of each file or folder can be read.
 
     Raises:
         UsageError: It is not, or it cannot.
     """
     describe_source(section.sources)
-    for source in section.sources:
+    next(_read_pairs(section), None)
+    for source in [section.source] if isinstance(section.source, str) else section.source:
         if not source.startswith(REMOTE_SOURCES):
-            next(_read_pairs(section) if source == section.pairs else _read_source(section, source), None)
+            next(_read_source(section, source), None)
 
 
 def read_records(section: CorpusSection) -> Iterator[Record | None]:

@@ -114,8 +114,12 @@ def _list_ways(
 
 def _find_folder(path: Path) -> Path | None:
     """Return the folder of a model; of the folder of a run, that of its student."""
-    folder = path / "model" if (path / "run.json").is_file() else path
-    return folder if folder.is_dir() else None
+    if not (path / "run.json").is_file():
+        return path if path.is_dir() else None
+    if not (path / "model").is_dir():
+        do = "embedistill run goes on with it; or name a model's folder"
+        raise UsageError(f"model {path}", "a run without a student yet", "a run whose training is done", do)
+    return path / "model"
 
 
 def list_weights(folder: Path) -> list[Path]:

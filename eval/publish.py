@@ -91,11 +91,12 @@ with more queries yet.
 - Minutes are of two shared cores, domain-search's and mpnet-14m's of one. mpnet-3l's were planned for 60, mpnet-6l's
   for 30 and asymmetric-query-tower's for 20; other work beside them, and stops, took the rest. A faster machine makes
   more steps of these. mpnet-384, mpnet-static and domain-search ended with their third pass over the texts, mpnet-14m
-  with its 4,500th step of .7 s, of which its recipe's hour has more.
+  with its 4,500th step of .77 s in quiet: an hour of one core, of the two that its recipe's hour has.
 - sentence-transformers' ways had the rate of its example, 1e-4, and no other was tried; texts cut at 128 tokens while
   they trained, where a random batch of 64 is padded to some 260 else; and memory kept between steps, which made them
-  faster. In an hour of a core they see 27,776 and 94,528 texts, mpnet-14m 192,082 (.77 s a step in quiet; the minutes
-  above have other work in them). The random start is of mpnet-14m's size, every third layer 3.7 times as large.
+  faster. In an hour of a core they see 27,776 and 94,528 texts, mpnet-14m some 358,000, each of its texts 1.9 times. The
+  random start is of mpnet-14m's size and judged at 128 tokens, as it has learned no positions beyond; every third layer
+  is 3.7 times as large.
 - mpnet-14m was published before, of another corpus, at 97.7 and 87.7 %. That was changed because retrieval had missed
   its aim, and made up before it was scored: its test sets have been scored twice.
 """

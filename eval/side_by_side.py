@@ -64,9 +64,12 @@ def main() -> None:
     seconds = time_step(make_loss(given.way, load(located), given.tokens), lessons)
     steps = round(60 * given.minutes / seconds)
     print(f"{steps:,} steps of {BATCH} texts, {seconds:.2f} s each", flush=True)
-    loss = make_loss(given.way, load(located), given.tokens)
+    start = load(located)
+    limit = start.max_seq_length
+    loss = make_loss(given.way, start, given.tokens)
     train(loss, lessons, steps, given.learning_rate)
-    loss.model.max_seq_length = load(located).max_seq_length
+    if given.way == "layers":  # a random start has learned no positions beyond
+        loss.model.max_seq_length = limit
     loss.model.save(str(given.out))
 
 

@@ -195,7 +195,7 @@ def test_verify_finds_a_flipped_byte_names_the_shard_and_only_its_texts_are_miss
     assert verify_caches(tmp_path) == []
 
 
-@pytest.mark.parametrize("state", ["whole", "gone", "cut", "flipped", "of fewer shards"])
+@pytest.mark.parametrize("state", ["whole", "gone", "cut", "flipped", "of fewer shards", "without its contents"])
 def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_RECENT_ROWS", (4, 99))
     cache = EmbeddingCache(tmp_path, ENCODING)
@@ -216,6 +216,8 @@ def test_the_index_is_only_a_short_cut(tmp_path: Path, state: str, monkeypatch: 
             content = bytearray((index / "rows.npy").read_bytes())
             content[-8] ^= 1
             (index / "rows.npy").write_bytes(content)
+        case "without its contents":
+            (index / "contents.json").write_text('{"sha256": ')
         case "of fewer shards":
             shutil.rmtree(index)
             (tmp_path / "early").rename(index)

@@ -93,8 +93,10 @@ def test_bad_input_says_where_what_and_what_to_do(tmp_path: Path) -> None:
         "a.txt:1: text has 1,000,001 characters; expected at most 100,"
     )
     assert bad(tmp_path, "a.csv", b"text\n" + b"x" * 1_000_001).startswith("a.csv:2: text has 1,000,001 characters")
-    csv_of_two = b'text,n\n"one\nline",1\n"two, 2\n"three",3\n'
-    assert bad(tmp_path, "a.csv", csv_of_two).startswith("a.csv:4: not CSV: ',' expected after '\"'; expected columns")
+    csv_of_two = b'text,n\n\n"one\n\nline",1\n\n"two, 2\n"three",3\n'
+    assert bad(tmp_path, "a.csv", csv_of_two).startswith("a.csv:7: not CSV: ',' expected after '\"'; expected rows of")
+    assert bad(tmp_path, "a.csv", b'text\n"he said "hi" there"\n').startswith("a.csv:2: not CSV: ',' expected after")
+    assert bad(tmp_path, "a.csv", b"text\n\n \n\nfine\n", max_characters=3).startswith("a.csv:5: text has 4 char")
     assert bad(tmp_path, "a.csv", b'text\n"one\ntwo\n').startswith("a.csv:2: not CSV: unexpected end of data")
     assert bad(tmp_path, "a.jsonl", b'{"text": "\\ud800"}').startswith("a.jsonl:1: text has half of a surrogate pair")
     assert bad(tmp_path, "a.parquet.gz", b"").startswith("a.parquet.gz: a .gz file; expected .txt, .csv, .jsonl")

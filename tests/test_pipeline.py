@@ -15,6 +15,7 @@ from conftest import run_in_forks
 from sentence_transformers import SentenceTransformer
 
 from embedistill import (
+    benchmark,
     compare,
     distill,
     evaluate,
@@ -696,6 +697,14 @@ def test_a_run_stands_for_its_student_wherever_a_model_is_asked_for(
     assert found.weights_sha256 == locate(str(run / "model"), models_dir=tmp_path).weights_sha256
     report = evaluate(teacher_dir, ["STS12"], data=data_dir, baselines=[str(run)])
     assert [model.role for model in report.models] == ["student", str(run)]
+    benchmark(run, ["STS12"], data=data_dir, out=tmp_path / "mteb")
+    assert [path.name for path in (tmp_path / "mteb" / "results").iterdir()] == ["local__run"]
+
+
+def test_a_run_without_a_student_stands_for_none(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="a run without a student yet; expected a run whose training is done"):
+        locate(str(tmp_path), models_dir=tmp_path)
 
 
 @pytest.mark.parametrize("curriculum", ["length", "queries-last", "error"])

@@ -132,7 +132,7 @@ def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
     assert recipe.student.layers == [0, 3]
     assert recipe.corpus.source == "hf:o/d"
     assert load_recipe(write(tmp_path, GOOD), "search.question=what is it: a ship?").search.question.endswith("ship?")
-    (clash,) = problems(tmp_path, GOOD, "seed=7", "training.dev_size=0", "training.dev_steps=3")
+    (clash,) = problems(tmp_path, GOOD, "training.minutes=7", "training.dev_size=0", "training.dev_steps=3")
     assert clash == (
         "override 'training.dev_size=0' and override 'training.dev_steps=3': training: its settings together; "
         "expected dev_size above 0, without which dev_steps does nothing"

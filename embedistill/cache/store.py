@@ -206,7 +206,7 @@ class EmbeddingCache:
             texts: Hashes = np.load(index / "texts.npy", mmap_mode="r", allow_pickle=False)
             rows: Rows = np.load(index / "rows.npy", mmap_mode="r", allow_pickle=False)
             whole = all(sha256_file(index / file) == digest for file, digest in contents["sha256"].items())
-        except (OSError, ValueError):
+        except (OSError, ValueError, EmbedistillError):
             return  # it is made again
         there, covered = list_shards(self.folder), contents["shards"]
         as_named = names is None or list(covered) == list(names)

@@ -244,16 +244,24 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # max_characters is the limit, and names the row
-    reader = csv.DictReader((line for _, line in read_text_lines(path)), strict=True)
-    done = 0  # lines
+    begun: list[str] = []  # where the row at work does
+
+    def read_lines() -> Iterator[str]:
+        for where, line in read_text_lines(path):
+            if not begun and line.strip("\r\n"):
+                begun.append(where)
+            yield line
+
+    reader = csv.DictReader(read_lines(), strict=True)
     try:
-        done = reader.line_num if reader.fieldnames else 0
+        if reader.fieldnames:
+            begun.clear()
         for row in reader:
-            yield f"{path}:{done + 1}", row
-            done = reader.line_num
+            yield begun[0], row
+            begun.clear()
     except csv.Error as error:
-        do = "mend the row that begins there: a quote within quotes is doubled, and the last one is closed"
-        raise UsageError(f"{path}:{done + 1}", f"not CSV: {error}", "columns, in quotes or not", do) from None
+        do = "mend the row that begins there, where a quote within quotes is doubled, or write the file anew"
+        raise UsageError(begun[0] if begun else str(path), f"not CSV: {error}", "rows of columns", do) from None
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:

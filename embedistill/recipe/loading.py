@@ -130,9 +130,10 @@ def _explain(detail: ErrorDetails, lines: dict[Location, str], path: Path) -> Us
             if not key:
                 return UsageError(where, wrong)
             if detail["type"] == "value_error" and isinstance(detail["input"], dict):
-                inside = dict.fromkeys(line for inner, line in lines.items() if inner[: len(place)] == place)
-                overrides = [line for line in inside if not line.startswith(f"{path}:")]
-                return UsageError(" and ".join(overrides) or where, f"{key}: its settings together", wrong)
+                inside = {line: str(inner[-1]) for inner, line in lines.items() if inner[: len(place)] == place}
+                changed = {line: name for line, name in inside.items() if not line.startswith(f"{path}:")}
+                named = [line for line, name in changed.items() if name in wrong] or list(changed)
+                return UsageError(" and ".join(named) or where, f"{key}: its settings together", wrong)
             return UsageError(where, f"{key}: {detail['input']!r}", wrong)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -62,21 +62,22 @@ def in_runs(body: Any) -> Iterator[None]:
 
 
 def list_runs(mask: Tensor) -> list[tuple[Tensor, int]]:
-    """Return the rows of each run of a batch, and the tokens of its longest text.
+    """Return the rows of each run of a batch, and the tokens that its texts are padded to.
 
-    All texts are one run on a GPU, and where padding does not stand behind them.
+    All texts are one run, as they stand, on a GPU, and where padding does not stand behind them.
 
     Args:
         mask: Not zero where there is a token, shape (n_texts, n_tokens).
     """
+    whole = [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
     if mask.device.type != "cpu" or not mask[:, 0].all():
-        return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
+        return whole
     lengths, order = mask.sum(1).sort(stable=True)
     runs, text = [], 0
     for _, n_texts, longest in group(_pad(lengths.tolist(), _PADDING["cpu"])):
         runs.append((order[text : text + n_texts], longest))
         text += n_texts
-    return runs
+    return runs if len(runs) > 1 else whole
 
 
 class _Runs:
@@ -86,19 +87,20 @@ class _Runs:
         self._forward = forward
 
     def __call__(self, **given: Any) -> BaseModelOutput:
-        """Return last hidden states as the model would, zeros where there is padding."""
+        """Return last hidden states, those of tokens as the model would."""
         mask = given["attention_mask"]
-        found: Tensor | None = None
-        for rows, longest in list_runs(mask):
+        runs = list_runs(mask)
+        if len(runs) == 1:
+            return cast(BaseModelOutput, self._forward(**given))
+        found = []
+        for rows, longest in runs:
             cut = {
                 name: value[rows, :longest] if isinstance(value, Tensor) and value.shape == mask.shape else value
                 for name, value in given.items()
             }
-            states = self._forward(**cut).last_hidden_state
-            if found is None:
-                found = states.new_zeros(*mask.shape, states.shape[-1])
-            found = found.index_put((rows[:, None], torch.arange(longest, device=rows.device)), states)
-        return BaseModelOutput(last_hidden_state=found)
+            found.append(functional.pad(self._forward(**cut).last_hidden_state, (0, 0, 0, mask.shape[1] - longest)))
+        order = torch.cat([rows for rows, _ in runs])
+        return BaseModelOutput(last_hidden_state=torch.cat(found)[order.argsort()])
 
 
 class _Forward:
