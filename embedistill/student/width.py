@@ -32,13 +32,12 @@ from embedistill.architectures import Sizes, architecture_of, find_layers, find_
 from embedistill.encoding.local import cut_batches, one_thread_a_batch
 from embedistill.encoding.packed import Group, PackedBody, attend, find_padding, group, positions_of, rough_format
 from embedistill.progress import progress_bar
+from embedistill.student.algebra import Sums, inner, low_rank, root_of, solve, solve_in_turns
 from embedistill.student.selection import choose_heads
 
 _CONSTANT = 2.0  # squared length of the constant part, in multiples of the payload's
 _RELEVANCE = 0.5  # share of the basis of word embeddings that is chosen for the sentence, not for the word
 _RIDGE = 1e-4  # on 100,000 tokens; on fewer more
-_DAMPING = 0.3
-_TURNS = 6
 _CHUNK = 2_048  # tokens that a core runs at once
 _PART = 16_384  # tokens whose products are summed at once
 _OFTEN = 20  # times a position has to be seen for its shift to be measured, not derived
@@ -188,11 +187,11 @@ class _Fit:
 
     def _find_basis(self, states: Tensor) -> Tensor:
         """Return orthonormal columns: directions that differ among tokens, and those that tell a text's vector."""
-        tokens = _gram(states, states)
+        tokens = inner(states, states)
         pooled = torch.stack([part.mean(0) for part in torch.split(states, [len(text) for text in self.ids])])
-        gram = _gram(pooled, pooled)
-        relevant = _solve(gram, _gram(pooled, self.targets - self.targets.mean(0)), 1e-3)
-        told = _root(gram) @ relevant
+        gram = inner(pooled, pooled)
+        relevant = solve(gram, inner(pooled, self.targets - self.targets.mean(0)), 1e-3)
+        told = root_of(gram) @ relevant
         telling = told @ told.T
         mixed = (1 - _RELEVANCE) * tokens / tokens.trace() + _RELEVANCE * telling / telling.trace()
         basis: Tensor = torch.linalg.eigh(mixed)[1][:, -self.payload_size :].flip(1).float()
@@ -239,7 +238,7 @@ class _Fit:
         layer: Any = find_layers(self.teacher)[number]
         decode = self._decode(self.hidden)
         payload = functional.pad(self.stream.payload, (0, 1), value=1.0)
-        root = _root(_gram(payload, payload) / len(payload))
+        root = root_of(inner(payload, payload) / len(payload))
         query, key, value = (
             self._read_through(decode, layer.get_submodule(name)) for name in (names.query, names.key, names.value)
         )
@@ -251,10 +250,10 @@ class _Fit:
         scale = (self.head_size / size) ** 0.25  # scores are divided by the root of a head's size
         columns: list[list[Tensor]] = [[], [], []]
         for part in (parts[head] for head in self.kept_heads[number]):
-            left, right = _low_rank(root @ query[:, part], (root @ key[:, part]).T, self.head_size)
+            left, right = low_rank(root @ query[:, part], (root @ key[:, part]).T, self.head_size)
             columns[0].append(back @ left * scale)
             columns[1].append(back @ right.T * scale)
-            columns[2].append(back @ _low_rank(root @ value[:, part], join[part], self.head_size)[0])
+            columns[2].append(back @ low_rank(root @ value[:, part], join[part], self.head_size)[0])
         joined = torch.cat([torch.cat(part, 1) for part in columns], 1).float()
         return _Map(joined[:-1], joined[-1])
 
@@ -279,24 +278,24 @@ class _Fit:
     def _decode(self, states: Tensor) -> _Map:
         """Return the least-squares map from the payload to hidden states of the teacher."""
         mean, target_mean = self.stream.payload.mean(0), _mean(states)
-        sums = _Sums()
+        sums = Sums()
         for rows in self.parts:
             payload = self.stream.payload[rows] - mean
             sums.add(yy=(payload, payload), yt=(payload, states[rows].float() - target_mean))
-        weight = _solve(sums["yy"], sums["yt"], self.ridge).float()
+        weight = solve(sums["yy"], sums["yt"], self.ridge).float()
         return _Map(weight, target_mean - mean @ weight)
 
     def _add(self, features: Callable[[slice], Tensor], states: Tensor) -> tuple[_Map, float]:
         """Let a block add a linear map of its features to the stream, so that the states can be decoded from it."""
         mean, target_mean = self.stream.payload.mean(0), _mean(states)
-        sums = _Sums()
+        sums = Sums()
         for rows in self.parts[:: 2 if self.sizes.intermediate_size > _MANY else 1]:
             read = functional.pad(features(rows), (0, 1), value=1.0)
             payload = self.stream.payload[rows] - mean
             target = states[rows].float() - target_mean
             sums.add(ff=(read, read), ft=(read, target), fy=(read, payload))
             sums.add(yy=(payload, payload), yt=(payload, target))
-        added = _solve_in_turns(sums, self.ridge).float()
+        added = solve_in_turns(sums, self.ridge).float()
         join = _Map(added[:-1], added[-1])
         for rows in self.parts:
             self.stream.payload[rows] += join(features(rows))
@@ -311,45 +310,6 @@ class _Fit:
 
         with one_thread_a_batch() as threads:
             return torch.cat(list(threads.map(run_one, self.chunks)))
-
-
-class _Sums(dict[str, Tensor]):
-    """Sums of products over chunks, by name, in fp64."""
-
-    def add(self, **pairs: tuple[Tensor, Tensor]) -> None:
-        """Add the product of each pair."""
-        for name, (left, right) in pairs.items():
-            product = _gram(left, right)
-            self[name] = self[name] + product if name in self else product
-
-
-def _solve_in_turns(sums: dict[str, Tensor], ridge: float) -> Tensor:
-    """Return F that minimises |T - (y + f F) R|^2 over F and R; damped, so that no weak direction of R blows F up."""
-    decoder = _solve(sums["yy"], sums["yt"], ridge)
-    lift = _ridge_of(sums["ff"], ridge)
-    factor = torch.linalg.cholesky(sums["ff"] + lift)
-    added = torch.zeros_like(sums["fy"])
-    for _ in range(_TURNS):
-        metric = decoder @ decoder.T
-        wanted = (sums["ft"] - sums["fy"] @ decoder) @ decoder.T
-        wanted = wanted @ torch.linalg.inv(metric + _ridge_of(metric, _DAMPING))
-        added = torch.cholesky_solve(wanted, factor)
-        cross = added.T @ sums["fy"]
-        gram = sums["yy"] + cross + cross.T + added.T @ (wanted - lift.diagonal()[:, None] * added)
-        decoder = _solve(gram, sums["yt"] + added.T @ sums["ft"], ridge)
-    return added
-
-
-def _low_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors of left @ right of at most some rank, padded with zeros to it."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, values, v = torch.linalg.svd(r_left @ r_right.T)
-    kept = min(rank, len(values))
-    roots = values[:kept].sqrt()
-    first, second = q_left @ u[:, :kept] * roots, (roots[:, None] * v[:kept]) @ q_right.T
-    missing = rank - kept
-    return functional.pad(first, (0, missing)), functional.pad(second, (0, 0, 0, missing))
 
 
 def _assemble(student: Any, tables: _Tables, blocks: list[_Block]) -> None:
@@ -410,24 +370,3 @@ def _cut(ids: Sequence[Tensor]) -> list[_Chunk]:
 
 def _mean(states: Tensor) -> Tensor:
     return states.mean(0, dtype=torch.float32)
-
-
-def _gram(left: Tensor, right: Tensor) -> Tensor:
-    product: Tensor = (left.T @ right).double()
-    return product
-
-
-def _ridge_of(gram: Tensor, share: float) -> Tensor:
-    return share * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
-
-
-def _solve(gram: Tensor, product: Tensor, ridge: float) -> Tensor:
-    solved: Tensor = torch.linalg.solve(gram + _ridge_of(gram, ridge), product)
-    return solved
-
-
-def _root(gram: Tensor) -> Tensor:
-    """Return the symmetric square root of a positive matrix, its smallest eigenvalues lifted."""
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = (vectors * values.clamp(min=1e-7 * values.max()).sqrt()) @ vectors.T
-    return root
