@@ -22,6 +22,20 @@ from embedistill.teacher import encode
 _OWN = (AGREEMENT, KNOWN_ITEM)  # tasks that are made of the corpus
 
 
+def check_sets(recipe: Recipe) -> None:
+    """Make sure that the sets that a recipe names can be read, as far as they are in a folder or in a file.
+
+    Raises:
+        UsageError: There is no such set, or something is wrong in it.
+    """
+    section, data = recipe.evaluation, _open_data(recipe)
+    here = [name for name in section.tasks if name not in _OWN and (data or is_jsonl(name))]
+    load_tasks(here, data, skip_missing=section.missing == "skip")
+    dev_task = recipe.training.dev_task
+    if dev_task and (data or is_jsonl(dev_task)):
+        _load_watched(dev_task, data)
+
+
 class Examination:
     """The tasks that a recipe names.
 
@@ -37,9 +51,16 @@ class Examination:
     def __init__(self, recipe: Recipe, folder: Path, stages: Stages) -> None:
         self._section, self._dev_task = recipe.evaluation, recipe.training.dev_task
         self._folder, self._stages = folder, stages
-        self.data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
-        if self.data:
-            check_folder(self.data)
+        self.data = _open_data(recipe)
+
+    def check(self) -> None:
+        """Make sure that the sets can be had, those of the Hub too, and that a student can be watched on its own.
+
+        Raises:
+            UsageError: There is no such set, or something is wrong in it.
+            EmbedistillError: The Hub does not answer.
+        """
+        _ = self.names, self.watched
 
     @cached_property
     def names(self) -> list[str]:
@@ -58,18 +79,7 @@ class Examination:
     @cached_property
     def watched(self) -> list[Task]:
         """The task that a student in training is scored on, if there is one."""
-        name = self._dev_task
-        if not name:
-            return []
-        try:
-            task = load_task(name, self.data)
-        except UsageError as error:
-            do = error.do if self.data else "of those of the Hub there are test sets alone; another: --data DIR"
-            raise UsageError(f"training.dev_task: {name}", error.found, error.expected, do) from None
-        if isinstance(task, AgreementTask):
-            expected = "pairs with a score or a label, or queries with documents"
-            raise UsageError(f"training.dev_task: {name}", "texts alone", expected, "leave it out: these are watched")
-        return [task]
+        return [_load_watched(self._dev_task, self.data)] if self._dev_task else []
 
     def score(self, student: SentenceTransformer) -> float:
         """Return a student's first metric on the task that is watched."""
@@ -110,3 +120,24 @@ class Examination:
                 save_sts(cast(StsTask, found[0]), self._folder / "data")
             names += [name] * len(found)
         return names
+
+
+def _open_data(recipe: Recipe) -> Path | None:
+    data = Path(recipe.evaluation.data) if recipe.evaluation.data else None
+    if data:
+        check_folder(data)
+    return data
+
+
+def _load_watched(name: str, data: Path | None) -> Task:
+    try:
+        task = load_task(name, data)
+    except UsageError as error:
+        do = (
+            error.do if data or is_jsonl(name) else "of those of the Hub there are test sets alone; another: --data DIR"
+        )
+        raise UsageError(f"training.dev_task: {name}", error.found, error.expected, do) from None
+    if isinstance(task, AgreementTask):
+        expected = "pairs with a score or a label, or queries with documents"
+        raise UsageError(f"training.dev_task: {name}", "texts alone", expected, "leave it out: these are watched")
+    return task

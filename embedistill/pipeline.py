@@ -137,6 +137,7 @@ class _Line:
         self.examination = Examination(recipe, folder, self.stages)
         self.announced = 0
         check_corpus(recipe.corpus)
+        self.examination.check()
         if recipe.teacher.api:
             found = "a teacher behind an endpoint, whose weights a student cannot be cut out of"
             do = "its embeddings can be had: embedistill encode"

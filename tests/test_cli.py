@@ -108,6 +108,7 @@ def test_wrong_use_is_one_message_and_exit_code_2(
             ("validate", "quickstart", "corpus={source: texts.jsonl, text_column: body}"),
             "texts.jsonl:1: no column 'body'",
         ),
+        (("validate", "quickstart", "training.dev_task=set.jsonl"), "set.jsonl: no such file; check the path\n"),
         (("search", "nowhere", "q"), "nowhere: no index"),
         (("report", "nowhere"), "nowhere: no report.json"),
         (("compare", "nowhere"), "nowhere: no report.json"),

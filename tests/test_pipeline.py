@@ -671,6 +671,30 @@ def test_a_corpus_that_cannot_be_read_is_said_before_the_teacher_is_looked_for(
             wanted()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("evaluation.tasks=[STS99]", "evaluation.data={data}"), "evaluation.tasks: STS99: not in"),
+        (("evaluation.tasks=[own.jsonl]",), r"evaluation\.tasks: .*own\.jsonl: no such file"),
+        (("evaluation={{data: nowhere, missing: skip}}",), r"evaluation\.data: .*nowhere: no such folder"),
+        (("training.dev_task=STS12.dev", "evaluation.data={data}"), r"training\.dev_task: STS12\.dev: not in"),
+    ],
+)
+def test_sets_that_are_not_there_are_said_before_the_teacher_is_looked_for_and_by_validate(
+    recipe_file: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    settings: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "locate", lambda *given, **named: pytest.fail("looked for"))
+    recipe = load_recipe(recipe_file, *(setting.format(data=data_dir) for setting in settings))
+    for wanted in (lambda: distill(recipe, tmp_path / "run"), lambda: examination.check_sets(recipe)):
+        with pytest.raises(UsageError, match=message):
+            wanted()
+
+
 def test_a_corpus_without_a_text_is_not_taken_for_one_that_is_encoded(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UsageError, match="corpus: no text in it; expected one at the very least"):

@@ -139,9 +139,11 @@ def encode(
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe and what it reads from here, and say all that is wrong with its settings at once."""
     loaded = load_recipe(recipe, *(overrides or []))
+    from embedistill.examination import check_sets
     from embedistill.sources import check_corpus
 
     check_corpus(loaded.corpus)
+    check_sets(loaded)
     typer.echo(f"{find_recipe(recipe)}: valid; embedistill run makes runs/{loaded.name}")
 
 
