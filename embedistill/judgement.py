@@ -219,6 +219,8 @@ def compare(
     """
     _check_share("margin", margin)
     _check_share("segment_margin", segment_margin)
+    if not runs:
+        raise UsageError("runs", "none", "the folder of one finished run at the very least")
     allowed = _choose_margin(margin)
     gate = _choose_gate(allowed, segment_margin)
     _check_out(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
 
 from embedistill import ranks
 from embedistill.architectures import read_config, read_sizes
@@ -98,6 +99,7 @@ def distill(
     cache_dir: str | Path | None = None,
     *,
     until: Stage | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Distil a teacher as a recipe says; a run that was stopped goes on where it was.
 
@@ -107,6 +109,7 @@ def distill(
         cache_dir: Folder for models and teacher embeddings, shared by runs; default: `default_cache_dir()`.
         until: Last stage to run: corpus, encode, student (an assistant's training among it) or training; the same call
             without it goes on from there. Default: all there are.
+        callbacks: Of transformers' trainer, beside our own, in every training of the run.
 
     Raises:
         EmbedistillError: Something is wrong with the recipe's data, teacher or folder; it says what to do.
@@ -117,10 +120,10 @@ def distill(
     cache = Path(cache_dir or default_cache_dir())
     if ranks.rank() > 0:
         for message in ranks.follow():
-            _Line(recipe, folder, cache).teach(**message)
+            _Line(recipe, folder, cache, callbacks).teach(**message)
         return Run(folder)
     with hold_folder(folder, dump_recipe(recipe), _DISPOSABLE, AFTERWARDS):
-        line = _Line(recipe, folder, cache)
+        line = _Line(recipe, folder, cache, callbacks)
         for stage in line.go():
             if stage == until:
                 break
@@ -131,8 +134,8 @@ def distill(
 class _Line:
     """The stages of one run. What a stage needs of an earlier one is read from disk when it is first asked for."""
 
-    def __init__(self, recipe: Recipe, folder: Path, cache_dir: Path) -> None:
-        self.recipe, self.folder, self.cache_dir = recipe, folder, cache_dir
+    def __init__(self, recipe: Recipe, folder: Path, cache_dir: Path, callbacks: Sequence[TrainerCallback]) -> None:
+        self.recipe, self.folder, self.cache_dir, self.callbacks = recipe, folder, cache_dir, callbacks
         self.stages = Stages(folder, recipe.seed)
         self.examination = Examination(recipe, folder, self.stages)
         self.announced = 0
@@ -299,6 +302,7 @@ class _Line:
                 partners=lessons.partners[:, 0],
                 kin=lessons.kin,
                 is_first=number == 0,
+                callbacks=self.callbacks,
             )
         return student
 

@@ -52,6 +52,10 @@ def main() -> None:
             )
         found, lock = out / f"{label}.json", filelock.FileLock(runs / f"{label}.lock", blocking=False)
         if found.is_file():
+            if (before := read_json(found)["settings"]) != settings:
+                sys.exit(
+                    f"{label}: measured with {before!r} before, not {settings!r}: another label, or delete {found}"
+                )
             continue
         try:
             with lock:

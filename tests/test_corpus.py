@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def write(folder: Path, kind: str) -> Path:
 
 def read(source: Path | str, **columns: object) -> list[Record | None]:
     return list(read_corpus(str(source), Columns(**columns)))  # type: ignore[arg-type]
+
+
+def test_a_column_without_a_name_is_neither_query_nor_negative(tmp_path: Path) -> None:
+    """Such as the row numbers that pandas writes."""
+    (tmp_path / "frame.csv").write_text(",text\n0,the first\n1,the second\n")
+    found = list(read_corpus(str(tmp_path / "frame.csv"), Columns()))
+    assert found == [Record("the first", "frame"), Record("the second", "frame")]
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "csv", "jsonl", "parquet"])
@@ -99,6 +107,10 @@ def test_bad_input_says_where_what_and_what_to_do(tmp_path: Path) -> None:
     assert bad(tmp_path, "a.csv", b"text\n\n \n\nfine\n", max_characters=3).startswith("a.csv:5: text has 4 char")
     assert bad(tmp_path, "a.csv", b'text\n"one\ntwo\n').startswith("a.csv:2: not CSV: unexpected end of data")
     assert bad(tmp_path, "a.jsonl", b'{"text": "\\ud800"}').startswith("a.jsonl:1: text has half of a surrogate pair")
+    row_too_long = b"text,n\nfine,1\nHello, world and more,2\n"
+    assert bad(tmp_path, "a.csv", row_too_long).startswith("a.csv:3: 1 cells more than there are columns; expected a ")
+    assert bad(tmp_path, "a.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n").startswith("a.jsonl:1: not JSON: ")
+    assert bad(tmp_path, "a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n").startswith("a.jsonl:1: not JSON: ")
     assert bad(tmp_path, "a.parquet.gz", b"").startswith("a.parquet.gz: a .gz file; expected .txt, .csv, .jsonl")
     assert bad(tmp_path, "a.parquet", b"PAR1 no").startswith("a.parquet: Parquet")
     assert bad(tmp_path, "a.txt.gz", b"no gzip").startswith("a.txt.gz: Not a gzipped file")
@@ -221,7 +233,10 @@ def test_documents_are_without_their_query() -> None:
     assert record.document == "pkg.f: The sum is exact."
     assert record.texts == ["pkg.f: The sum is exact.", "Add two numbers."]
     assert Record("a  b").texts == ["a  b"]
-    assert Record("Ants are eusocial. An Ant is small.", query="Ant").document == "Ants are eusocial. An is small."
+    assert Record("a  b", query="c").document == "a  b"
+    assert Record("Ant: an insect. An Ant  is small.", query="Ant").document == ": an insect. An Ant is small."
+    assert Record("I have a  dog. Ants too.", query="a").document == "I have a  dog. Ants too."
+    assert Record("Red Ants bite. A Red Ant is small.", query="Red Ant").document == "Red Ants bite. A is small."
     assert Record("Why C++? It is fast.", query="Why C++?").document == "It is fast."
 
 
@@ -253,6 +268,18 @@ def test_nothing_held_out_or_evaluated_is_trained_on() -> None:
     queried = [Record(f"Word{i} number {i}", query=f"Word{i}") for i in range(40)]  # whose documents are "number 3"
     splits, _ = prepare(queried, **settings, evaluation_texts={f"word{i} number {i}" for i in range(20)})
     assert not {f"number {i}" for i in range(20)} & {record.document for record in splits["train"]}
+
+
+def test_a_query_that_many_texts_share_costs_none_of_them() -> None:
+    """Such as the title Introduction: of 40 with it, held out or not, no text is lost, and none is trained on."""
+    records = [Record(f"Chapter number {i}", query="Introduction") for i in range(40)]
+    records += [Record(f"Part number {i}", query=f"Title {i}", negative="Chapter number 3") for i in range(60)]
+    splits, funnel = prepare(records, find_rule=anything, size=None, holdout=0.1, seed=0)
+    held = {text for record in splits["holdout"] for text in record.texts}
+    assert "Introduction" in held
+    assert (funnel.train, funnel.holdout, funnel.in_evaluation) == (89, 10, 0)
+    assert funnel.examples["in_holdout"] == ["Chapter number 3"]  # a negative of what is held out
+    assert not held & {text for record in splits["train"] for text in record.texts}
 
 
 def test_duplicates_and_short_texts_are_counted() -> None:
@@ -360,6 +387,9 @@ def test_near_duplicates_are_dropped_and_counted() -> None:
     records = [Record(text), Record(text + "."), Record("Something else altogether is written in this one here")]
     kept, dropped = drop_near_duplicates(records)
     assert ([one.text for one in kept], dropped) == ([text, records[2].text], [records[1]])
+    asked = [replace(record, query=query) for record in records for query in ("one", "two")]
+    kept, dropped = drop_near_duplicates(asked)  # a text that comes with another query is no copy
+    assert (kept, dropped) == ([*asked[:2], *asked[4:]], asked[2:4])
     many = records + [Record(hashlib.sha256(bytes([number])).hexdigest()) for number in range(8)]
     _, funnel = prepare(many, find_rule=anything, size=None, holdout=0.2, seed=0, near_duplicates=False)
     assert funnel.near_duplicate == 1

@@ -429,6 +429,19 @@ def test_a_new_process_says_what_a_model_needs(teacher_dir: Path, tmp_path: Path
         measure_start(tmp_path / "nothing", ["a ship"])
 
 
+def test_a_model_whose_vectors_are_not_finite_has_no_score() -> None:
+    """Sorted, they would be the largest, and a set in the order of its scores would be perfect."""
+
+    def encode(texts: Sequence[str], kind: str) -> np.ndarray:
+        return np.full((len(texts), 2), np.nan, np.float32)
+
+    task = StsTask("S", ["0", "0", "0"], ["10", "50", "90"], [1, 3, 5])
+    with pytest.raises(
+        EmbedistillError, match="student m: 4 of 4 vectors are not finite, such as that of '0'; expected"
+    ):
+        score_model([task], encode, role="student", model="m")
+
+
 def test_a_model_whose_start_cannot_be_measured_is_compared_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

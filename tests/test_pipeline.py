@@ -524,6 +524,8 @@ def test_runs_without_a_common_task_cannot_be_compared(finished: Path, recipe_fi
     distill(load_recipe(recipe_file, "evaluation.tasks=[agreement]", "seed=9", "search=null"), tmp_path / "other")
     with pytest.raises(UsageError, match="no task with the same items"):
         compare(finished / "run", tmp_path / "other")
+    with pytest.raises(UsageError, match="runs: none; expected the folder of one finished run"):
+        compare()
 
 
 def test_a_recipe_hands_its_corpus_to_the_engine_it_names(

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
 
 from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError, LostError, UsageError
@@ -25,6 +26,7 @@ from embedistill.training.batches import (
     BudgetSampler,
     TargetCollator,
     count_batches,
+    count_tokens,
     find_neighbours,
     shorten,
     spread_from_centres,
@@ -127,6 +129,13 @@ def test_spread_by_hand() -> None:
     student = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     loss = DistillationLoss(Echo(), weigh(embedding=1, spread=2), Course(0.1, 0.1))
     assert loss([{"x": student}], label(student))["spread"].item() == pytest.approx(2 * 0.6**2)
+
+
+def test_spread_counts_what_the_second_moment_has_above_one_in_dim() -> None:
+    """One pair of cosine .8 in two dimensions: .64 for its mean squared, .64 - 1/2 for the rest."""
+    student = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    loss = DistillationLoss(Echo(), weigh(spread=1), Course(0.1, 0.1))
+    assert loss([{"x": student}], label(student))["spread"].item() == pytest.approx(0.64 + 0.14)
 
 
 def test_prefixes_are_vectors_of_their_own() -> None:
@@ -281,6 +290,15 @@ def test_a_curriculum_starts_with_what_is_easy() -> None:
     batches = list(sampler(texts, steps=400, difficulty=difficulty))
     assert min(row for batch in batches[:8] for row in batch) >= 800
     assert min(row for batch in batches[-32:] for row in batch) < 50
+
+
+def test_a_curriculum_of_small_batches_comes_to_its_end() -> None:
+    """Of four texts each, where the budget of tokens is the tighter one."""
+    texts = ["x" * 10] * 1000
+    difficulty = np.arange(1000, dtype=np.float32)
+    batches = list(sampler(texts, steps=100, size=256, tokens=40, difficulty=difficulty))
+    assert max(row for batch in batches[:8] for row in batch) < 200
+    assert max(row for batch in batches[-16:] for row in batch) > 900
 
 
 def test_neighbours_by_hand() -> None:
@@ -455,6 +473,21 @@ def test_relations_by_hand_leave_out_padding() -> None:
     rows = [(row(1, 2), row(1, 0)), (row(2, 4), row(0, 0))]
     expected = sum(p * math.log(p / q) for ps, qs in rows for p, q in zip(ps, qs, strict=True)) / 2
     assert relation_divergence(student, teacher, mask, 1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_relations_by_hand_are_of_heads_cut_in_order_and_scaled_by_their_size() -> None:
+    """Two tokens, two heads of two dimensions: rows of products over sqrt(2), each softmax a logistic."""
+    teacher = torch.tensor([[[1.0, 0.0, 2.0, 0.0], [0.0, 1.0, 0.0, 0.0]]])
+    student = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0]]])
+
+    def row(first: float, second: float) -> list[float]:
+        p = 1 / (1 + math.exp((second - first) / math.sqrt(2)))
+        return [p, 1 - p]
+
+    rows = [(row(1, 0), row(0, 0)), (row(0, 1), row(0, 2)), (row(4, 0), row(2, 1)), (row(0, 0), row(1, 1))]
+    expected = sum(p * math.log(p / q) for ps, qs in rows for p, q in zip(ps, qs, strict=True)) / 4
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    assert relation_divergence(student, teacher, mask, 2).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_insides_are_followed_and_nothing_of_it_stays_in_the_student(
@@ -921,7 +954,7 @@ def test_out_of_memory_halves_the_batches_and_goes_on(
     before = agreement(student, setting)
     loss = DistillationLoss(student, weigh(embedding=1), Course(0.1, 0.1))
     trained = run(setting, tmp_path, student=student, loss=loss, targets=scarce)
-    assert "Out of memory: batches of 16 come in 2 parts" in capsys.readouterr().err
+    assert "Out of memory: batches of 16 texts come in 2 parts" in capsys.readouterr().err
     assert json.loads((tmp_path / "checkpoints" / "plan.json").read_text()) == {"halvings": 1, "steps": 30}
     assert agreement(trained, setting) > before
     assert max(largest[14:]) <= 8
@@ -934,6 +967,35 @@ def test_too_little_memory_for_four_texts_is_an_error(setting: SimpleNamespace, 
 
     with pytest.raises(EmbedistillError, match="4 texts a batch, and out of memory; use shorter texts"):
         run(setting, tmp_path, targets=none)
+
+
+def test_batches_of_few_long_texts_are_halved_to_one_text_and_no_further(
+    setting: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    largest: list[int] = []
+
+    def none(rows: np.ndarray) -> np.ndarray:
+        largest.append(len(rows))
+        raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    longest = max(count_tokens(setting.make_student(), setting.texts))
+    with pytest.raises(EmbedistillError, match="1 texts a batch, and out of memory"):
+        run(setting, tmp_path, targets=none, batching=Batching(256, tokens=4 * int(longest), seed=3))
+    assert largest[0] > largest[-1] <= 2
+    notes = capsys.readouterr().err
+    assert ("come in 2 parts" in notes, "come in 16 parts" in notes) == (True, False)
+
+
+def test_callbacks_of_ones_own_are_called(setting: SimpleNamespace, tmp_path: Path) -> None:
+    class Counting(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *given: object, **named: object) -> None:
+            self.steps += 1
+
+    counting = Counting()
+    run(setting, tmp_path, callbacks=[counting])
+    assert counting.steps == 30
 
 
 def test_halved_batches_give_what_whole_ones_do(setting: SimpleNamespace, tmp_path: Path) -> None:

@@ -59,27 +59,32 @@ def load_classifier(what: str) -> Callable[[str], str | None]:
 
 
 def drop_near_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Return the records that are unlike all before them, and those that are not.
+    """Return the records whose texts are unlike all before them, and those that are not.
 
-    Alike are texts whose runs of five characters have a Jaccard similarity of about 0.8, by MinHash with 64
-    permutations and locality-sensitive hashing (Broder, 1997; datasketch): near the border, chance decides.
+    A text that comes again with another query is the same text. Alike are texts whose runs of five characters have a
+    Jaccard similarity of about 0.8, by MinHash with 64 permutations and locality-sensitive hashing (Broder, 1997;
+    datasketch): near the border, chance decides.
 
     Raises:
         UsageError: datasketch is not installed.
     """
     datasketch = _load("datasketch", "corpus.near_duplicates")
     index = datasketch.MinHashLSH(threshold=_SIMILAR, num_perm=_PERMUTATIONS)
-    kept, dropped = [], []
+    kept: list[Record] = []
+    dropped: list[Record] = []
+    sketched: dict[str, bool] = {}
     for number, record in enumerate(records):
         text = normalise(record.text)
+        if text in sketched:
+            (kept if sketched[text] else dropped).append(record)
+            continue
         shingles = {text[start : start + _SHINGLE].encode() for start in range(max(1, len(text) - _SHINGLE + 1))}
         sketch = datasketch.MinHash(num_perm=_PERMUTATIONS)
         sketch.update_batch(list(shingles))
-        if index.query(sketch):
-            dropped.append(record)
-        else:
+        sketched[text] = not index.query(sketch)
+        if sketched[text]:
             index.insert(number, sketch)
-            kept.append(record)
+        (kept if sketched[text] else dropped).append(record)
     return kept, dropped
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from embedistill.choices import By
 from embedistill.corpus.filtering import Rule, drop_near_duplicates
@@ -28,6 +28,7 @@ class Funnel:
     near_duplicate: int = 0
     not_selected: int = 0
     in_evaluation: int = 0
+    in_holdout: int = 0
     train: int = 0
     holdout: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -76,6 +77,9 @@ def prepare(
         near_duplicates: Whether texts that are nearly the same are kept.
         evaluation_texts: No training record holds one of these texts, whatever its case and spacing.
 
+    A record whose text is held out is not trained on; one that shares but a query or a negative with what is held out
+    is trained on without it.
+
     Raises:
         UsageError: Fewer than two records are left for training or for evaluation.
     """
@@ -90,15 +94,21 @@ def prepare(
     funnel.not_selected = len(order) - len(selected)
     cut = max(2, round(holdout * len(selected)))
     held_out, rest = selected[:cut], selected[cut:]
-    seen = {normalise(text) for text in evaluation_texts} | {
-        normalise(text) for record in held_out for text in record.texts
-    }
+    judged = {normalise(text) for text in evaluation_texts}
+    kept_out = {normalise(text) for record in held_out for text in (record.text, *record.texts)}
     train = []
     for record in rest:
-        if any(normalise(text) in seen for text in (record.text, *record.texts)):
+        if any(normalise(text) in judged for text in (record.text, *record.texts)):
             funnel.drop("in_evaluation", record.text)
+            continue
+        query, negative = (
+            None if text and normalise(text) in kept_out else text for text in (record.query, record.negative)
+        )
+        fresh = replace(record, query=query, negative=negative)
+        if any(normalise(text) in kept_out for text in (record.text, record.document, fresh.document)):
+            funnel.drop("in_holdout", record.text)
         else:
-            train.append(record)
+            train.append(fresh)
     funnel.train, funnel.holdout = len(train), len(held_out)
     if len(train) < 2 or len(held_out) < 2:
         found = f"{len(train)} records to train on and {len(held_out)} to hold out ({funnel})"

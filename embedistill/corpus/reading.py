@@ -28,6 +28,7 @@ SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 _PARQUET_ROWS = 8_192
 _HUB = "hf:org/dataset[:config][:split][#text column]"
 _PAIRS = "call its columns anchor, positive and, if there is one, negative"
+_OVER = "\0"  # what a row of a .csv has beyond its columns
 _SPLITS = {"train", "validation", "test", "dev"}
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
@@ -116,7 +117,8 @@ def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[
             yield None
         else:
             text, query, negative = (
-                (row.get(column or "") or "").strip() for column in (columns.text, columns.query, columns.negative)
+                ((row.get(column) if column else None) or "").strip()
+                for column in (columns.text, columns.query, columns.negative)
             )
             where_from = row.get(columns.source)
             named = source if where_from is None or where_from == "" else str(where_from)
@@ -149,6 +151,10 @@ def _check_columns(where: str, row: Mapping[str, Any], columns: Columns) -> None
 
 def _find_problem(where: str, row: Mapping[str, Any], columns: Columns) -> UsageError | None:
     """Say what is wrong with a row, if anything: it need not have a query or a negative."""
+    if _OVER in row:
+        found = f"{len(row[_OVER])} cells more than there are columns"
+        do = 'put a cell with a comma in it in quotes: "...", or set corpus.bad_rows=skip to leave such rows out'
+        return UsageError(where, found, "a cell for each column", do)
     cells = [(columns.text, row.get(columns.text))]
     cells += [(name, row.get(name)) for name in (columns.query, columns.negative) if name and row.get(name) is not None]
     problems = (_find_fault(where, column, value, columns.max_characters) for column, value in cells)
@@ -235,8 +241,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(where, f"not JSON: {error.msg}", "one object a line", "mend the line") from None
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and brackets as deep
+                found = f"not JSON: {getattr(error, 'msg', str(error)[:60])}"
+                raise UsageError(where, found, "one object a line", "mend the line") from None
             if not isinstance(row, dict):
                 raise UsageError(where, f"a JSON {type(row).__name__}", "an object with a text column", "mend the line")
             yield where, row
@@ -252,7 +259,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 begun.append(where)
             yield line
 
-    reader = csv.DictReader(read_lines(), strict=True)
+    reader = csv.DictReader(read_lines(), restkey=_OVER, strict=True)
     try:
         if reader.fieldnames:
             begun.clear()

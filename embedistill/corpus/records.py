@@ -26,10 +26,15 @@ class Record:
 
     @property
     def document(self) -> str:
-        """The text without its own query, so that finding it is more than matching a copy."""
-        if not self.query:
+        """The text without its own query, so that finding it is more than matching a copy.
+
+        One of a single word is left out where the text begins with it, as with a title; elsewhere it is any word.
+        """
+        if not self.query or self.query not in self.text:
             return self.text
-        return " ".join(re.sub(rf"(?<!\w){re.escape(self.query)}(?!\w)", "", self.text, count=1).split())
+        start = r"(?<!\w)" if len(self.query.split()) > 1 else r"\A"
+        rest, found = re.subn(rf"{start}{re.escape(self.query)}(?!\w)", "", self.text, count=1)
+        return " ".join(rest.split()) if found else self.text
 
     @property
     def texts(self) -> list[str]:

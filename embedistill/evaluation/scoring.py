@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from embedistill.choices import IndexKind, Kind
+from embedistill.errors import EmbedistillError
 from embedistill.evaluation.metrics import (
     RETRIEVED,
     cosines,
@@ -89,8 +90,11 @@ def score_model(
             its space.
         index: The FAISS index that is searched; the teacher's ranking for comparison is always exact.
         versions: Of the software, for the record.
+
+    Raises:
+        EmbedistillError: Some of its vectors are not finite, which no metric could be trusted with.
     """
-    lookup = _encode_once(tasks, encode, documents=not borrows)
+    lookup = _encode_once(tasks, encode, f"{role} {model}".strip(), documents=not borrows)
     scoring = _Scoring(lookup, teacher, teacher_space, index, asymmetric, borrows)
     results = []
     for task in tasks:
@@ -169,7 +173,7 @@ class _Scoring:
         return found
 
 
-def _encode_once(tasks: Sequence[Task], encode: Encoder, *, documents: bool) -> Encoder:
+def _encode_once(tasks: Sequence[Task], encode: Encoder, name: str, *, documents: bool) -> Encoder:
     """Encode the distinct texts of all tasks, those of retrieval with their documents or without; look them up."""
     rows: dict[Kind, dict[str, int]] = {}
     for task in tasks:
@@ -180,6 +184,12 @@ def _encode_once(tasks: Sequence[Task], encode: Encoder, *, documents: bool) -> 
             for text in some:
                 of_kind.setdefault(text, len(of_kind))
     vectors = {kind: encode(list(of_kind), kind) for kind, of_kind in rows.items()}
+    for kind, of_kind in rows.items():
+        bad = np.flatnonzero(~np.isfinite(vectors[kind]).all(axis=1))
+        if len(bad):
+            first = list(of_kind)[bad[0]]
+            found = f"{len(bad):,} of {len(of_kind):,} vectors are not finite, such as that of {first!r:.80}"
+            raise EmbedistillError(name, found, "numbers", "check its weights: SentenceTransformer(path).encode(...)")
     return lambda texts, kind: vectors[kind][[rows[kind][text] for text in texts]]
 
 

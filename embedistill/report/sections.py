@@ -26,7 +26,7 @@ _LOST = {
     "after filters": ["bad", "short", "damaged", "language"],
     "after deduplication": ["duplicate", "near_duplicate"],
     "selected": ["not_selected"],
-    "not in the evaluation": ["in_evaluation"],
+    "not in the evaluation": ["in_evaluation", "in_holdout"],
 }
 """Stages of the funnel, and what is lost on the way to each."""
 

@@ -41,7 +41,8 @@ class Batching:
 
     Attributes:
         size: Texts of a batch, at most.
-        tokens: Tokens of a batch, at most, as estimated from its characters; None: no bound.
+        tokens: Tokens of a batch, at most, as estimated from its characters, unless it has a text for each part and no
+            more; None: no bound.
         seed: Seed of the order.
         parts: Each batch comes in so many of the same size: a part a process, or a part after the other.
         companions: Rows of texts that are put into the batch of each text, in the place of others, (n_texts, any
@@ -108,7 +109,12 @@ class BudgetSampler(DefaultBatchSampler):
             else:
                 share = math.sqrt(_FIRST_SHARE**2 + self._done / self.steps * (1 - _FIRST_SHARE**2))
                 allowed = by_ease[: max(2, math.ceil(share * len(by_ease)))]
-                yield random.permutation(allowed)[: self.batching.size * _RUN_BATCHES], random
+                yield random.permutation(allowed)[: self._count_texts(allowed) * _RUN_BATCHES], random
+
+    def _count_texts(self, rows: Rows) -> int:
+        """Return how many of some texts fit into a batch, for each of its parts one at the very least."""
+        fitting = (self.batching.tokens or math.inf) / max(1.0, float(self.lengths[rows].mean()))
+        return max(self.batching.parts, int(min(self.batching.size, fitting)))
 
 
 def cut_batches(runs: Iterable[Run], lengths: Matrix, batching: Batching) -> Iterator[list[list[int]]]:

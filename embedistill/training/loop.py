@@ -80,6 +80,7 @@ def train(
     partners: Rows | None = None,
     kin: Rows | None = None,
     is_first: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> SentenceTransformer:
     """Train a student in place on the teacher's vectors of its texts, and return it.
 
@@ -102,6 +103,7 @@ def train(
         partners: Row of each text's positive, shape (n_texts,), -1: it has none; None: no text has.
         kin: A number of each text, shape (n_texts,), the same of texts that pairs link; None: no text is linked.
         is_first: Whether no other training of this student came before.
+        callbacks: Of transformers' trainer, beside our own.
 
     Raises:
         LostError: The loss is not finite, or the student collapsed or diverged; or it did when this was tried before.
@@ -124,6 +126,7 @@ def train(
         log_path=log_path,
         dev=dev,
         is_first=is_first,
+        callbacks=callbacks,
     )
     if find_training_device() == "cpu":
         student.to("cpu")  # where it is, for other accelerators, before the trainer moves it
@@ -157,6 +160,7 @@ class _Training:
     log_path: Path
     dev: Dev | None
     is_first: bool
+    callbacks: Sequence[TrainerCallback] = ()
     done: bool = False
     best: KeepBest | None = None
     rates: dict[str, float] = field(init=False)
@@ -190,12 +194,13 @@ class _Training:
 
     def run(self) -> None:
         """Train to the end, or to an error, from the last checkpoint on."""
-        steps = self.plan.get("steps") or _agree(self._plan_steps())
+        steps = _agree(self.plan.get("steps", 0)) or _agree(self._plan_steps())
         self.keep_plan(steps=steps)
         checkpoint = last_whole_checkpoint(self.work_dir)
         with ExitStack() as stack:
             advance = stack.enter_context(progress_bar("Training", steps, "steps"))
-            callbacks: list[TrainerCallback] = [Watch(advance, self.log_path, self.loss, self.work_dir)]
+            watch = Watch(advance, self.log_path, self.loss, self.work_dir)
+            callbacks: list[TrainerCallback] = [watch, *self.callbacks]
             if self.dev and rank() == 0:
                 every = self.schedule.dev_steps or math.ceil(steps / _DEV_READINGS)
                 self.best = KeepBest(
@@ -253,14 +258,20 @@ class _Training:
         if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)) or world_size() > 1:
             raise error
         halvings = self.plan["halvings"] + 1
-        if self.batching.size // 2**halvings < _FEWEST_TEXTS:
+        n_texts = self._texts_a_batch()
+        if n_texts // 2**halvings < (_FEWEST_TEXTS if n_texts == self.batching.size else 1):
             do = "use shorter texts (corpus.max_characters), a smaller student, or a machine with more memory"
             raise EmbedistillError(
-                "training", f"{self.batching.size // 2 ** (halvings - 1)} texts a batch, and out of memory", do=do
+                "training", f"{n_texts // 2 ** (halvings - 1)} texts a batch, and out of memory", do=do
             ) from error
         self.keep_plan(halvings=halvings)
-        note(f"Out of memory: batches of {self.batching.size} come in {2**halvings} parts from now on")
+        note(f"Out of memory: batches of {n_texts} texts come in {2**halvings} parts from now on")
         self._start_over()
+
+    def _texts_a_batch(self) -> int:
+        """Return how many texts a batch has on average, within its budgets."""
+        mean = len(self.lengths) / count_batches(self.lengths, self.batching)
+        return min(self.batching.size, max(1, round(mean)))
 
     def _start_over(self) -> None:
         load_model(self.student, str(self.untrained))
