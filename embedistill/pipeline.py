@@ -134,7 +134,9 @@ def distill(
 class _Line:
     """The stages of one run. What a stage needs of an earlier one is read from disk when it is first asked for."""
 
-    def __init__(self, recipe: Recipe, folder: Path, cache_dir: Path, callbacks: Sequence[TrainerCallback]) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, cache_dir: Path, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
         self.recipe, self.folder, self.cache_dir, self.callbacks = recipe, folder, cache_dir, callbacks
         self.stages = Stages(folder, recipe.seed)
         self.examination = Examination(recipe, folder, self.stages)
