@@ -133,9 +133,8 @@ def _load_watched(name: str, data: Path | None) -> Task:
     try:
         task = load_task(name, data)
     except UsageError as error:
-        do = (
-            error.do if data or is_jsonl(name) else "of those of the Hub there are test sets alone; another: --data DIR"
-        )
+        of_hub = "of those of the Hub there are test sets alone; another: --data DIR"
+        do = error.do if data or is_jsonl(name) else of_hub
         raise UsageError(f"training.dev_task: {name}", error.found, error.expected, do) from None
     if isinstance(task, AgreementTask):
         expected = "pairs with a score or a label, or queries with documents"

@@ -108,7 +108,7 @@ def test_bad_input_says_where_what_and_what_to_do(tmp_path: Path) -> None:
     assert bad(tmp_path, "a.csv", b'text\n"one\ntwo\n').startswith("a.csv:2: not CSV: unexpected end of data")
     assert bad(tmp_path, "a.jsonl", b'{"text": "\\ud800"}').startswith("a.jsonl:1: text has half of a surrogate pair")
     row_too_long = b"text,n\nfine,1\nHello, world and more,2\n"
-    assert bad(tmp_path, "a.csv", row_too_long).startswith("a.csv:3: 1 cells more than there are columns; expected a ")
+    assert bad(tmp_path, "a.csv", row_too_long).startswith("a.csv:3: beyond its columns '2'; expected a cell for each")
     assert bad(tmp_path, "a.jsonl", b'{"text": ' + b"1" * 5000 + b"}\n").startswith("a.jsonl:1: not JSON: ")
     assert bad(tmp_path, "a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n").startswith("a.jsonl:1: not JSON: ")
     assert bad(tmp_path, "a.parquet.gz", b"").startswith("a.parquet.gz: a .gz file; expected .txt, .csv, .jsonl")

@@ -978,9 +978,11 @@ def test_batches_of_few_long_texts_are_halved_to_one_text_and_no_further(
         largest.append(len(rows))
         raise RuntimeError("CUDA out of memory. Tried to allocate")
 
-    longest = max(count_tokens(setting.make_student(), setting.texts))
+    student = setting.make_student()
+    batching = Batching(256, tokens=4 * int(max(count_tokens(student, setting.texts))), seed=3)
+    loss = DistillationLoss(student, weigh(embedding=1), Course(0.1, 0.1))
     with pytest.raises(EmbedistillError, match="1 texts a batch, and out of memory"):
-        run(setting, tmp_path, targets=none, batching=Batching(256, tokens=4 * int(longest), seed=3))
+        run(setting, tmp_path, student=student, loss=loss, targets=none, batching=batching)
     assert largest[0] > largest[-1] <= 2
     notes = capsys.readouterr().err
     assert ("come in 2 parts" in notes, "come in 16 parts" in notes) == (True, False)

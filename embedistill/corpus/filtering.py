@@ -72,19 +72,17 @@ def drop_near_duplicates(records: Sequence[Record]) -> tuple[list[Record], list[
     index = datasketch.MinHashLSH(threshold=_SIMILAR, num_perm=_PERMUTATIONS)
     kept: list[Record] = []
     dropped: list[Record] = []
-    sketched: dict[str, bool] = {}
+    is_new: dict[str, bool] = {}
     for number, record in enumerate(records):
         text = normalise(record.text)
-        if text in sketched:
-            (kept if sketched[text] else dropped).append(record)
-            continue
-        shingles = {text[start : start + _SHINGLE].encode() for start in range(max(1, len(text) - _SHINGLE + 1))}
-        sketch = datasketch.MinHash(num_perm=_PERMUTATIONS)
-        sketch.update_batch(list(shingles))
-        sketched[text] = not index.query(sketch)
-        if sketched[text]:
-            index.insert(number, sketch)
-        (kept if sketched[text] else dropped).append(record)
+        if text not in is_new:
+            shingles = {text[start : start + _SHINGLE].encode() for start in range(max(1, len(text) - _SHINGLE + 1))}
+            sketch = datasketch.MinHash(num_perm=_PERMUTATIONS)
+            sketch.update_batch(list(shingles))
+            is_new[text] = not index.query(sketch)
+            if is_new[text]:
+                index.insert(number, sketch)
+        (kept if is_new[text] else dropped).append(record)
     return kept, dropped
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from embedistill.choices import By
@@ -63,6 +63,9 @@ def prepare(
 ) -> tuple[dict[Split, list[Record]], Funnel]:
     """Filter, deduplicate, select and split records.
 
+    A record whose text is held out is not trained on; one that shares but a query or a negative with what is held out
+    is trained on without it.
+
     The order, and with it selection and split, comes from a hash of seed and text: it does not depend on the order in
     which the records were read.
 
@@ -76,9 +79,6 @@ def prepare(
         embed: What diversity is told by.
         near_duplicates: Whether texts that are nearly the same are kept.
         evaluation_texts: No training record holds one of these texts, whatever its case and spacing.
-
-    A record whose text is held out is not trained on; one that shares but a query or a negative with what is held out
-    is trained on without it.
 
     Raises:
         UsageError: Fewer than two records are left for training or for evaluation.
@@ -94,26 +94,31 @@ def prepare(
     funnel.not_selected = len(order) - len(selected)
     cut = max(2, round(holdout * len(selected)))
     held_out, rest = selected[:cut], selected[cut:]
-    judged = {normalise(text) for text in evaluation_texts}
-    kept_out = {normalise(text) for record in held_out for text in (record.text, *record.texts)}
-    train = []
-    for record in rest:
-        if any(normalise(text) in judged for text in (record.text, *record.texts)):
-            funnel.drop("in_evaluation", record.text)
-            continue
-        query, negative = (
-            None if text and normalise(text) in kept_out else text for text in (record.query, record.negative)
-        )
-        fresh = replace(record, query=query, negative=negative)
-        if any(normalise(text) in kept_out for text in (record.text, record.document, fresh.document)):
-            funnel.drop("in_holdout", record.text)
-        else:
-            train.append(fresh)
+    train = list(_keep_apart(rest, held_out, evaluation_texts, funnel))
     funnel.train, funnel.holdout = len(train), len(held_out)
     if len(train) < 2 or len(held_out) < 2:
         found = f"{len(train)} records to train on and {len(held_out)} to hold out ({funnel})"
         raise UsageError("corpus", found, "two of each at the very least", "give it more texts, or loosen its filters")
     return {"train": train, "holdout": held_out}, funnel
+
+
+def _keep_apart(
+    records: Iterable[Record], held_out: Iterable[Record], evaluation_texts: Iterable[str], funnel: Funnel
+) -> Iterator[Record]:
+    """Yield the records that hold nothing of an evaluation and no held-out text, without held-out queries."""
+    judged = {normalise(text) for text in evaluation_texts}
+    kept_out = {normalise(text) for record in held_out for text in (record.text, *record.texts)}
+    for record in records:
+        query, negative = (
+            None if text and normalise(text) in kept_out else text for text in (record.query, record.negative)
+        )
+        fresh = replace(record, query=query, negative=negative)
+        if any(normalise(text) in judged for text in (record.text, *record.texts)):
+            funnel.drop("in_evaluation", record.text)
+        elif any(normalise(text) in kept_out for text in (record.text, record.document, fresh.document)):
+            funnel.drop("in_holdout", record.text)
+        else:
+            yield fresh
 
 
 def _shuffle(seed: int, record: Record) -> bytes:

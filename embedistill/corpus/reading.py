@@ -152,7 +152,7 @@ def _check_columns(where: str, row: Mapping[str, Any], columns: Columns) -> None
 def _find_problem(where: str, row: Mapping[str, Any], columns: Columns) -> UsageError | None:
     """Say what is wrong with a row, if anything: it need not have a query or a negative."""
     if _OVER in row:
-        found = f"{len(row[_OVER])} cells more than there are columns"
+        found = f"beyond its columns {', '.join(row[_OVER])!r:.60}"
         do = 'put a cell with a comma in it in quotes: "...", or set corpus.bad_rows=skip to leave such rows out'
         return UsageError(where, found, "a cell for each column", do)
     cells = [(columns.text, row.get(columns.text))]

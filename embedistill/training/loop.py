@@ -45,7 +45,7 @@ _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # its default is a folder of checkpoin
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
 _USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 _SCALE_RATE = 0.01  # of the logarithm of a learned temperature
-_FEWEST_TEXTS = 4  # of a batch that is halved for want of memory
+_FEWEST_TEXTS = 4  # of a batch that is halved for want of memory, for terms that compare its texts
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def train(
     Raises:
         LostError: The loss is not finite, or the student collapsed or diverged; or it did when this was tried before.
             Checkpoints and the best weights stay in `work_dir`.
-        EmbedistillError: Memory does not hold four texts.
+        EmbedistillError: Memory does not hold four texts, or, for the term `embedding` alone, one.
     """
     lost = work_dir / "lost.json"
     if lost.is_file():
@@ -259,7 +259,7 @@ class _Training:
             raise error
         halvings = self.plan["halvings"] + 1
         n_texts = self._texts_a_batch()
-        if n_texts // 2**halvings < (_FEWEST_TEXTS if n_texts == self.batching.size else 1):
+        if n_texts // 2**halvings < (1 if set(self.loss.weights) == {"embedding"} else _FEWEST_TEXTS):
             do = "use shorter texts (corpus.max_characters), a smaller student, or a machine with more memory"
             raise EmbedistillError(
                 "training", f"{n_texts // 2 ** (halvings - 1)} texts a batch, and out of memory", do=do
