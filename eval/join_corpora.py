@@ -1,0 +1,51 @@
+r"""The mix with more queries that mpnet-14m was trained on: texts by cost, titled passages, and queries, once each.
+
+    embedistill run mpnet-384 corpus.source=CORPUS corpus.text_column=text corpus.select.size=120000 --until corpus \
+        --run-dir runs/mpnet-384
+    embedistill run domain-search corpus.source=TITLES-AND-PASSAGES corpus.text_column=positive \
+        corpus.query_column=anchor corpus.select.size=5000 --until corpus --run-dir runs/domain
+    python eval/join_corpora.py runs/mpnet-384 runs/domain QUERIES --out corpus-and-queries.parquet
+
+All texts of the first run, the passages that the second trains on, without their titles, and a file of queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedistill.corpus.reading import Columns, read_corpus
+from embedistill.corpus.records import load_corpus, normalise
+from embedistill.files import written_aside
+
+
+def main() -> None:
+    """Join the texts of two runs and a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="all of its texts, those that it holds out too")
+    parser.add_argument("passages", type=Path, help="a run: the texts that it trains on, without their titles")
+    parser.add_argument("queries", help="a file, or what else a corpus can be")
+    parser.add_argument("--out", type=Path, required=True, help="a .parquet with the column text")
+    given = parser.parse_args()
+    records = chain(*load_corpus(given.run / "corpus.parquet").values())
+    passages = load_corpus(given.passages / "corpus.parquet")["train"]
+    queries = (record for record in read_corpus(given.queries, Columns()) if record)
+    texts = chain(
+        (record.text for record in records),
+        (record.document for record in passages),
+        (record.text for record in queries),
+    )
+    unique: dict[str, str] = {}
+    for text in texts:
+        unique.setdefault(normalise(text), text)
+    with written_aside(given.out) as part:
+        pq.write_table(pa.table({"text": list(unique.values())}), part, compression="zstd")
+    print(f"{len(unique):,} texts in {given.out}")
+
+
+if __name__ == "__main__":
+    main()
