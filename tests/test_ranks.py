@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from sentence_transformers import SentenceTransformer
 
 from embedistill import distill, load_recipe
@@ -14,16 +15,25 @@ from embedistill import distill, load_recipe
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def test_two_processes_give_the_student_of_one(recipe_file: Path, tmp_path: Path, sentences: list[str]) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["training.objectives={embedding: 1, similarity: 1, contrastive: 0.5}", "training.dev_size=0"],
+        ["training.objectives={embedding: 1, pairs: 0.02}", "training.dev_size=8", "student={from: static}"],
+    ],
+    ids=["texts", "pairs, and texts kept out"],
+)
+def test_two_processes_give_the_student_of_one(
+    more: list[str], recipe_file: Path, tmp_path: Path, sentences: list[str]
+) -> None:
     settings = [
+        *more,
         "training.steps=12",
         "training.epochs=50",
         "training.minutes=2",
         "training.balance=true",
         "training.dtype=float32",
         "training.learning_rate=1e-3",
-        "training.dev_size=0",
-        "training.objectives={embedding: 1, similarity: 1, contrastive: 0.5}",
         "training.batch_size=64",
         "training.batch_tokens=200",
         "evaluation.tasks=[agreement]",

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,13 +15,14 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError, LostError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
-from embedistill.training import callbacks, loop, objectives
+from embedistill.training import batches, callbacks, loop, objectives
 from embedistill.training.batches import (
     Batching,
     BudgetSampler,
@@ -306,6 +308,18 @@ def test_neighbours_by_hand() -> None:
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     assert find_neighbours(vectors, 2).tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
     assert find_neighbours(np.ones((3, 2), np.float32), 2).shape == (3, 2)
+
+
+def test_neighbours_among_many_are_nearly_those_of_an_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(60, 16))[random.integers(60, size=3000)] + 0.5 * random.normal(size=(3000, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    exact = find_neighbours(vectors, 5)
+    monkeypatch.setattr(batches, "_CLUSTERED", 1000)
+    found = find_neighbours(vectors, 5)
+    assert (found != np.arange(3000)[:, None]).all()
+    recall = np.mean([len(set(here) & set(there)) / 5 for here, there in zip(found, exact, strict=True)])
+    assert 0.95 < recall < 1  # 16 of 54 clusters are searched: not all
 
 
 def test_shortened_vectors_keep_their_similarities() -> None:
@@ -640,6 +654,22 @@ def test_training_brings_the_student_nearer_and_logs_every_term(setting: SimpleN
     assert steps[0]["loss"] == pytest.approx(steps[0]["embedding"] + steps[0]["similarity"], abs=1e-3)
     cards = [path.read_text() for path in (tmp_path / "checkpoints").rglob("README.md")]
     assert not any(text in card for card in cards for text in setting.texts)
+
+
+def test_a_tracker_is_told_what_the_log_is(setting: SimpleNamespace, tmp_path: Path) -> None:
+    run(
+        setting,
+        tmp_path,
+        schedule=replace(SCHEDULE, report_to=("tensorboard",)),
+        dev=Dev(setting.texts[:20], setting.vectors[:20]),
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for name in ("embedding", "similarity", "dev_cosine"):
+        logged = {entry["step"]: entry[name] for entry in entries if name in entry}
+        assert {event.step: event.value for event in events.Scalars(f"train/{name}")} == pytest.approx(logged)
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
 def test_weights_move_in_proportion_to_their_size(setting: SimpleNamespace, tmp_path: Path) -> None:
