@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -40,6 +41,7 @@ from embedistill.training.objectives import (
     DistillationLoss,
     contrast,
     contrast_pairs,
+    crowding,
     matrix_distance,
     ranking_distance,
     similarity_divergence,
@@ -138,6 +140,13 @@ def test_spread_counts_what_the_second_moment_has_above_one_in_dim() -> None:
     student = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
     loss = DistillationLoss(Echo(), weigh(spread=1), Course(0.1, 0.1))
     assert loss([{"x": student}], label(student))["spread"].item() == pytest.approx(0.64 + 0.14)
+
+
+def test_spread_is_the_regulariser_of_sentence_transformers() -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) + 0.5, dim=1)
+    expected = sum(GlobalOrthogonalRegularizationLoss(Echo()).compute_gor(vectors))  # type: ignore[arg-type]
+    assert crowding(vectors).item() == pytest.approx(float(expected), rel=1e-5)
+    assert crowding(vectors[:1]).item() == 0
 
 
 def test_prefixes_are_vectors_of_their_own() -> None:

@@ -225,7 +225,7 @@ class _Training:
     def _trainer(
         self, schedule: Schedule, batching: Batching, steps: int, folder: Path, callbacks: list[TrainerCallback]
     ) -> SentenceTransformerTrainer:
-        self.loss.attach(self.student)
+        self.loss.model = self.student
         gc.collect()  # of an earlier trainer, its wrapper would go on to exchange gradients
         accumulation = 2 ** self.plan["halvings"]
         batching = replace(batching, parts=accumulation * world_size())

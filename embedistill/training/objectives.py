@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss, GlobalOrthogonalRegularizationLoss
 from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,9 +62,8 @@ class DistillationLoss(nn.Module):
 
     Args:
         model: The student.
-        weights: Weight by term: embedding is 1 - cosine, the mean over the batch; spread is the two terms of the
-            orthogonality regulariser of Zhang et al. (2017), as sentence-transformers has it; layers and attention are
-            of `internals`; the others are the functions of this module, reverse_similarity similarity's the other way.
+        weights: Weight by term: layers and attention are of `internals`, the others the functions of this module,
+            reverse_similarity similarity's the other way.
         temperature: Of the terms similarity, reverse_similarity, contrastive and pairs; None: learned, from 0.05 on,
             kept in 0.01 to 1, as CLIP's (Radford et al., 2021).
         prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors and the whole, scaled
@@ -96,18 +94,11 @@ class DistillationLoss(nn.Module):
         self.course, self.prefixes, self.progress, self.step = temperature, tuple(prefixes), 0.0, 1
         self._lost_at: dict[str, Tensor] = {}
         self.balance, self.internals = balance, internals
-        self._embedding = EmbedDistillLoss(model, distance_metric="cosine")
-        self._spread = GlobalOrthogonalRegularizationLoss(model)
         if temperature is None:
             self.log_scale = nn.Parameter(torch.tensor(-math.log(0.05)))
         if balance:
             self.register_buffer("norms", torch.zeros(len(self.weights)))
             self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def attach(self, model: SentenceTransformer) -> None:
-        """Have the student itself again, in the place of the wrapper that a trainer of several processes put there."""
-        for part in (self, self._embedding, self._spread):
-            part.model = model
 
     @property
     def temperature(self) -> float | Tensor:
@@ -116,7 +107,7 @@ class DistillationLoss(nn.Module):
 
     def own_state(self) -> dict[str, Tensor]:
         """Return what it has learned and measured itself: what a checkpoint of the student does not hold."""
-        kept = [name for name, _ in self.named_parameters() if not name.startswith(("model.", "_"))]
+        kept = [name for name, _ in self.named_parameters() if not name.startswith("model.")]
         return {name: value for name, value in self.state_dict().items() if name in {*kept, "norms", "calls"}}
 
     def find_lost(self) -> tuple[int, list[str]] | None:
@@ -165,19 +156,26 @@ class DistillationLoss(nn.Module):
         return {term: self.weights[term].at(self.progress) * value / norms[term] for term, value in terms.items()}
 
     def _term(self, term: Term, student: Tensor, teacher: Tensor, positives: Tensor, kin: Tensor) -> Tensor:
-        functions: dict[Term, Callable[[], Tensor]] = {
-            "embedding": lambda: self._embedding.compute_loss_from_embeddings([student], [teacher]),
-            "similarity": lambda: similarity_divergence(student, teacher, _constant(self.temperature)),
-            "reverse_similarity": lambda: similarity_divergence(teacher, student, _constant(self.temperature)),
-            "matrix": lambda: matrix_distance(student, teacher),
-            "contrastive": lambda: contrast(student, teacher, self.temperature),
-            "ranking": lambda: ranking_distance(student, teacher),
-            "pairs": lambda: contrast_pairs(student, teacher, positives, kin, self.temperature),
-            "layers": lambda: cast(Internals, self.internals).distance("layers"),
-            "attention": lambda: cast(Internals, self.internals).distance("attention"),
-            "spread": lambda: torch.stack(self._spread.compute_gor(student)).sum(),
-        }
-        return functions[term]()
+        match term:
+            case "embedding":
+                found = embedding_distance(student, teacher)
+            case "similarity":
+                found = similarity_divergence(student, teacher, _constant(self.temperature))
+            case "reverse_similarity":
+                found = similarity_divergence(teacher, student, _constant(self.temperature))
+            case "matrix":
+                found = matrix_distance(student, teacher)
+            case "contrastive":
+                found = contrast(student, teacher, self.temperature)
+            case "ranking":
+                found = ranking_distance(student, teacher)
+            case "pairs":
+                found = contrast_pairs(student, teacher, positives, kin, self.temperature)
+            case "spread":
+                found = crowding(student)
+            case "layers" | "attention":
+                found = cast(Internals, self.internals).distance(term)
+        return found
 
     def _measure(self, terms: Mapping[Term, Tensor]) -> dict[Term, float]:
         """Return the norm of each term's gradient by the student's weights, measured anew on every 50th step."""
@@ -220,6 +218,39 @@ def _gather(student: Tensor, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tens
         cast(Tensor, all_gather(moved)),
         cast(Tensor, all_gather(kin)),
     )
+
+
+def embedding_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over i of 1 - <s_i, t_i>, half the squared error of unit vectors.
+
+    The regression on a teacher's embeddings of Reimers and Gurevych (2020), on their directions alone.
+
+    Args:
+        student: Unit vectors, shape (batch, dim).
+        teacher: Unit vectors, shape (batch, dim).
+
+    Returns:
+        A scalar, 0 to 2.
+    """
+    return 1 - (student * teacher).sum(1).mean()
+
+
+def crowding(student: Tensor) -> Tensor:
+    """Return M1^2 + max(0, M2 - 1 / dim), with M1, M2 the means over i != j of <s_i, s_j> and of its square.
+
+    The global orthogonal regularisation of Zhang et al. (2017): both are what unit vectors by chance have.
+
+    Args:
+        student: Unit vectors, shape (batch, dim).
+
+    Returns:
+        A scalar, at least 0; 0 for a batch of one.
+    """
+    n_texts, dim = student.shape
+    cosines = student @ student.T
+    cosines = cosines - torch.diag(cosines.diagonal())
+    n_pairs = max(1, n_texts * (n_texts - 1))
+    return (cosines.sum() / n_pairs).square() + functional.relu(cosines.square().sum() / n_pairs - 1 / dim)
 
 
 def matrix_distance(student: Tensor, teacher: Tensor) -> Tensor:
