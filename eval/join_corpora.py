@@ -1,12 +1,9 @@
-r"""The mix with more queries that mpnet-14m was trained on: texts by cost, titled passages, and queries, once each.
+"""The mix with more queries that mpnet-14m was trained on: texts by cost, titled passages, and queries, once each.
 
-    embedistill run mpnet-384 corpus.source=CORPUS corpus.text_column=text corpus.select.size=120000 --until corpus \
-        --run-dir runs/mpnet-384
-    embedistill run domain-search corpus.source=TITLES-AND-PASSAGES corpus.text_column=positive \
-        corpus.query_column=anchor corpus.select.size=5000 --until corpus --run-dir runs/domain
-    python eval/join_corpora.py runs/mpnet-384 runs/domain QUERIES --out corpus-and-queries.parquet
+    python eval/join_corpora.py runs/by-cost runs/passages queries.parquet --out corpus-and-queries.parquet
 
-All texts of the first run, the passages that the second trains on, without their titles, and a file of queries.
+All texts of the first run, the passages that the second trains on, without their titles, and a file of queries; the
+commands that make the two runs are in eval/README.md.
 """
 
 from __future__ import annotations

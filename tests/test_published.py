@@ -28,6 +28,12 @@ def test_the_readme_says_what_was_published(publish: SimpleNamespace) -> None:
         assert line in readme, "the README's first table is not of eval/results/students"
 
 
+def test_the_picture_is_of_what_was_published(publish: SimpleNamespace) -> None:
+    picture = publish.PICTURE.read_text(encoding="utf-8")
+    for line in publish.summarise(publish.load_students()):
+        assert line in picture, "run: python eval/publish.py render"
+
+
 def test_the_recipes_say_what_was_published(publish: SimpleNamespace) -> None:
     said = {path.stem: path.read_text(encoding="utf-8") for path in list_recipes()}
     students = [one for one in publish.load_students() if one["name"] in said and not one.get("judged")]
