@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from embedistill.corpus.reading import Columns, describe_source, read_corpus, read_pairs
+from embedistill.corpus.reading import Columns, describe_source, list_files, read_corpus, read_pairs
 from embedistill.corpus.records import Record
 from embedistill.recipe import REMOTE_SOURCES, CorpusSection
 
 
 def check_corpus(section: CorpusSection) -> None:
-    """Make sure that what a corpus is read from is there, and that the first record of each file or folder can be read.
+    """Make sure that what a corpus is read from is there, and that the first record of each file can be read.
 
     Raises:
         UsageError: It is not, or it cannot.
@@ -20,7 +20,8 @@ def check_corpus(section: CorpusSection) -> None:
     next(_read_pairs(section), None)
     for source in [section.source] if isinstance(section.source, str) else section.source:
         if not source.startswith(REMOTE_SOURCES):
-            next(_read_source(section, source), None)
+            for file in list_files(Path(source)):
+                next(_read_source(section, str(file)), None)
 
 
 def read_records(section: CorpusSection) -> Iterator[Record | None]:

@@ -24,6 +24,8 @@ from embedistill.corpus.reading import Columns, _file_rows, _parse_hub_name, des
 from embedistill.corpus.records import Record, load_corpus, save_corpus
 from embedistill.corpus.selection import select, share_out
 from embedistill.errors import EmbedistillError, UsageError
+from embedistill.recipe import CorpusSection
+from embedistill.sources import check_corpus
 
 anything = make_filter(1, damaged=False, language=None)
 TEXTS = ["Ein Öl.", "two words", "three, with comma"]
@@ -71,6 +73,14 @@ def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "a" / "c.txt").write_text("c\n")
     (tmp_path / "notes.md").write_text("not read")
     assert [record.text for record in read(tmp_path) if record] == ["c", "b one", "b two"]
+
+
+def test_every_file_of_a_folder_is_looked_at_before_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
+    check_corpus(CorpusSection(source=str(tmp_path)))
+    (tmp_path / "b.jsonl").write_text('{"body": "of another column"}\n')
+    with pytest.raises(UsageError, match=r"b\.jsonl:1: no column 'text'"):
+        check_corpus(CorpusSection(source=str(tmp_path)))
 
 
 def bad(tmp_path: Path, name: str, content: bytes, **columns: object) -> str:

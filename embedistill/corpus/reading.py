@@ -65,7 +65,7 @@ def describe_source(source: str | Sequence[str]) -> list[Any]:
         case "hf":
             return [source]
         case _:
-            files = [(file, file.stat()) for file in _list_files(Path(source))]
+            files = [(file, file.stat()) for file in list_files(Path(source))]
             return [[str(file), status.st_size, status.st_mtime_ns] for file, status in files]
 
 
@@ -98,7 +98,7 @@ def read_corpus(source: str | Sequence[str], columns: Columns) -> Iterator[Recor
             columns = replace(columns, text=column) if column else columns
             yield from _to_records(_hub_rows(dataset), columns, dataset)
         case _:
-            for file in _list_files(Path(source)):
+            for file in list_files(Path(source)):
                 yield from _to_records(_file_rows(file, columns), columns, file.name.split(".")[0])
 
 
@@ -133,7 +133,7 @@ def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[
         max_characters: A longer text is a bad row.
         bad_rows: What becomes of one.
     """
-    for file in _list_files(path):
+    for file in list_files(path):
         columns = Columns(
             "positive", "anchor", "negative", max_characters=max_characters, bad_rows=bad_rows, name_them=_PAIRS
         )
@@ -173,7 +173,12 @@ def _find_fault(where: str, column: str, value: Any, max_characters: int) -> Usa
     return None
 
 
-def _list_files(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
+    """Return a file, or the files below a folder that can be read, in the order of their names.
+
+    Raises:
+        UsageError: There is no such file.
+    """
     if not path.exists():
         raise UsageError(f"corpus: {path}", "no such file or folder", do="check corpus.source, or corpus.pairs")
     if path.is_file():
