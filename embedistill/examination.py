@@ -9,7 +9,7 @@ from typing import cast
 
 from sentence_transformers import SentenceTransformer
 
-from embedistill.corpus.records import Record
+from embedistill.corpus.records import Record, choose_kind
 from embedistill.errors import UsageError
 from embedistill.evaluation.loading import check_folder, load_task, load_tasks, save_sts
 from embedistill.evaluation.scoring import score_model
@@ -93,9 +93,10 @@ class Examination:
             UsageError: One cannot be made of the records and has to be, or none is left.
         """
         named: dict[str, Task | None] = dict(zip(self.names, self._tasks, strict=True))
-        sources = {"source": [record.source for record in held_out]}
+        compared, kind = choose_kind(held_out)
+        sources = {"source": [record.source for record in compared]}
         columns = sources if len(set(sources["source"])) > 1 else {}
-        named[AGREEMENT] = AgreementTask(AGREEMENT, [record.document for record in held_out], columns)
+        named[AGREEMENT] = AgreementTask(AGREEMENT, [record.document for record in compared], columns, kind)
         pairs = [(record.query, record.document) for record in held_out if record.query]
         named[KNOWN_ITEM] = make_known_item_task(KNOWN_ITEM, pairs, [record.document for record in held_out])
         wanted = {name: named.get(name) for name in self._section.tasks}

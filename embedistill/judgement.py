@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
 from embedistill.choices import Encodes, IndexKind
-from embedistill.corpus.records import load_corpus
+from embedistill.corpus.records import Record, choose_kind, load_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
 from embedistill.encoding.local import LocalEncoder
@@ -126,7 +126,7 @@ def evaluate(
     records = load_corpus(run / "corpus.parquet")["train"] if run else []
     candidates = _list_candidates(student, local, vectors)
     if local and vectors and floors and run:
-        candidates += _list_floors(run, cache, local, vectors, [record.document for record in records])
+        candidates += _list_floors(run, cache, local, vectors, records)
     candidates += [make_candidate(name, one) for name, one in located.items()]
     results = score_all(
         loaded,
@@ -306,7 +306,7 @@ def _list_candidates(student: LocatedModel, teacher: LocalEncoder | None, vector
 
 
 def _list_floors(
-    run: Path, cache: Path, teacher: LocalEncoder, vectors: Encoder, texts: Sequence[str]
+    run: Path, cache: Path, teacher: LocalEncoder, vectors: Encoder, records: Sequence[Record]
 ) -> list[Candidate]:
     """Return the floors of the student of a run, where it was made for this teacher, as far as they are kept."""
     space = _find_space(run / "model", teacher.located)
@@ -314,9 +314,10 @@ def _list_floors(
         return []
 
     def sample(model: SentenceTransformer) -> tuple[list[str], Matrix]:
-        some = list(dict.fromkeys(texts))
+        fitted, kind = choose_kind(records)
+        some = list(dict.fromkeys(record.document for record in fitted))
         some = [some[number] for number in np.random.default_rng(SEED).permutation(len(some))[:FIT_TEXTS]]
-        return [find_prompt(model, "document") + text for text in some], vectors(some, "document")
+        return [find_prompt(model, kind) + text for text in some], vectors(some, kind)
 
     floors = make_floors(run / "model", teacher.model, vectors, sample)
     if (run / "untrained").is_dir():

@@ -43,8 +43,7 @@ def encode_corpus(recipe: Recipe, cache_dir: str | Path | None = None) -> int:
         nonlocal n_texts
         for record in read_records(section):
             if record and len(record.text) >= section.min_characters:
-                texts = [record.query] if kind == "query" else [record.document, record.negative]
-                for text in filter(None, texts):
+                for text in (text for found, text in record.parts if found == kind):
                     n_texts += 1
                     yield text
 

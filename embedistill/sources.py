@@ -40,6 +40,7 @@ def _read_source(section: CorpusSection, source: str | list[str]) -> Iterator[Re
         section.text_column,
         section.query_column,
         source=section.source_column,
+        kind=section.kind,
         max_characters=section.max_characters,
         bad_rows=section.bad_rows,
     )

@@ -162,11 +162,8 @@ def texts_by_kind(records: Iterable[Record]) -> dict[Kind, list[str]]:
     """Return the distinct texts of records by what they are; kinds that have none are left out."""
     texts: dict[Kind, dict[str, None]] = {"document": {}, "query": {}}
     for record in records:
-        texts["document"][record.document] = None
-        if record.negative:
-            texts["document"][record.negative] = None
-        if record.query:
-            texts["query"][record.query] = None
+        for kind, text in record.parts:
+            texts[kind][text] = None
     return {kind: list(some) for kind, some in texts.items() if some}
 
 

@@ -494,6 +494,21 @@ def test_the_teacher_of_a_run_has_the_prompts_that_its_recipe_gave_it(
     assert judgement._locate_teacher(str(teacher_dir), None, tmp_path).prompts == {}
 
 
+def test_a_corpus_of_queries_is_taught_and_judged_with_the_prompt_of_queries(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["corpus.kind=query", "corpus.query_column=null", "teacher.prompts={query: 'ship : ', document: 'a : '}"]
+    recipe = load_recipe(recipe_file, *settings, "evaluation.tasks=[agreement]", "training.epochs=0.5")
+    taught: list[str] = []
+    monkeypatch.setattr(pipeline, "train", lambda student, inputs, *_, **__: taught.extend(inputs))
+    run = distill(recipe, tmp_path / "run", tmp_path / "cache")
+    record = json.loads((run.folder / "run.json").read_text())
+    assert list(record["stages"]["encode"]["cache_keys"]) == ["query"]
+    assert taught
+    assert all(text.startswith("ship : ") for text in taught)
+    assert encode_corpus(recipe, tmp_path / "cache") == 0
+
+
 def test_a_report_does_not_take_the_place_of_a_runs_own(finished: Path, data_dir: Path, tmp_path: Path) -> None:
     student = finished / "run" / "model"
     with pytest.raises(UsageError, match="a run, whose own report would be lost; expected a new folder"):

@@ -177,6 +177,13 @@ def test_a_prompt_is_of_a_kind_that_there_is(tmp_path: Path) -> None:
         load_recipe(path, "teacher.prompts={passage: x}")
 
 
+def test_a_query_has_no_query_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_recipe(path, "corpus.kind=query").corpus.kind == "query"
+    with pytest.raises(RecipeError, match="expected no query_column beside kind: query"):
+        load_recipe(path, "corpus.kind=query", "corpus.query_column=title")
+
+
 def test_segments_are_not_judged_where_nothing_is(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="segment_margin beside a margin, without which there is no verdict"):
         load_recipe(write(tmp_path, GOOD), "evaluation.margin=null", "evaluation.segment_margin=0.1")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedistill import hub
-from embedistill.choices import OnBad
+from embedistill.choices import Kind, OnBad
 from embedistill.corpus.docstrings import find_packages, read_docstrings
 from embedistill.corpus.records import Record
 from embedistill.errors import EmbedistillError, UsageError
@@ -39,12 +39,13 @@ Row = tuple[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a source are read, what becomes of a bad row, and what to do where a column is missing."""
+    """Which columns of a source are read, what its texts are, and what to do with a bad row or a missing column."""
 
     text: str = "text"
     query: str | None = None
     negative: str | None = None
     source: str = "source"
+    kind: Kind = "document"
     max_characters: int = 100_000
     bad_rows: OnBad = "error"
     name_them: str = "set corpus.text_column, query_column or source_column"
@@ -122,7 +123,7 @@ def _to_records(rows: Iterable[Row], columns: Columns, source: str) -> Iterator[
             )
             where_from = row.get(columns.source)
             named = source if where_from is None or where_from == "" else str(where_from)
-            yield Record(text, named, query or None, negative or None)
+            yield Record(text, named, query or None, negative or None, columns.kind)
 
 
 def read_pairs(path: Path, *, max_characters: int, bad_rows: OnBad) -> Iterator[Record | None]:

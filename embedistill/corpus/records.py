@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedistill.choices import Kind
 from embedistill.files import written_aside
 
 Split = Literal["train", "holdout"]
@@ -17,12 +19,16 @@ Split = Literal["train", "holdout"]
 
 @dataclass(frozen=True)
 class Record:
-    """One text to search for, where it came from, a short text that should find it, and a text that it should not."""
+    """One text, where it came from, what it is, a short text that should find it, and one that it should not.
+
+    A text is a document to search for, unless its kind says that it is a query itself.
+    """
 
     text: str
     source: str = ""
     query: str | None = None
     negative: str | None = None
+    kind: Kind = "document"
 
     @property
     def document(self) -> str:
@@ -37,13 +43,23 @@ class Record:
         return " ".join(rest.split()) if found else self.text
 
     @property
+    def parts(self) -> list[tuple[Kind, str]]:
+        """What a teacher encodes of it, and as what: the document, and query and negative where there are such."""
+        parts: list[tuple[Kind, str | None]] = [
+            (self.kind, self.document),
+            ("query", self.query),
+            ("document", self.negative),
+        ]
+        return [(kind, text) for kind, text in parts if text]
+
+    @property
     def texts(self) -> list[str]:
-        """What a teacher encodes of it: the document, and query and negative where there are such."""
-        return [text for text in (self.document, self.query, self.negative) if text]
+        """The texts of its parts."""
+        return [text for _, text in self.parts]
 
 
 def save_corpus(path: Path, splits: dict[Split, list[Record]]) -> None:
-    """Write records to one parquet file with the columns text, source, query, negative, split."""
+    """Write records to one parquet file with the columns text, source, query, negative, kind, split."""
     rows = [(record, split) for split, records in splits.items() for record in records]
     table = pa.table(
         {
@@ -51,6 +67,7 @@ def save_corpus(path: Path, splits: dict[Split, list[Record]]) -> None:
             "source": pa.array([record.source for record, _ in rows], pa.string()),
             "query": pa.array([record.query for record, _ in rows], pa.string()),
             "negative": pa.array([record.negative for record, _ in rows], pa.string()),
+            "kind": pa.array([record.kind for record, _ in rows], pa.string()),
             "split": pa.array([split for _, split in rows], pa.string()),
         }
     )
@@ -64,6 +81,12 @@ def load_corpus(path: Path) -> dict[Split, list[Record]]:
     for row in pq.read_table(path).to_pylist():
         splits[row.pop("split")].append(Record(**row))
     return splits
+
+
+def choose_kind(records: Sequence[Record]) -> tuple[list[Record], Kind]:
+    """Return the records whose texts are documents, or queries where there are no documents, and what they are."""
+    documents = [record for record in records if record.kind == "document"]
+    return (documents, "document") if documents else (list(records), "query")
 
 
 def normalise(text: str) -> str:

@@ -134,7 +134,7 @@ class _Scoring:
             case RetrievalTask():
                 return self._search(task)
             case AgreementTask() if self.teacher:
-                vectors, teacher = self.lookup(task.texts, "document"), self.teacher(task.texts, "document")
+                vectors, teacher = self.lookup(task.texts, task.kind), self.teacher(task.texts, task.kind)
                 target = self.teacher_space(teacher) if self.teacher_space else None
                 details = {"similarities": compare_similarities(vectors, teacher)}
                 return {"": (agree(vectors, teacher, target), details)}

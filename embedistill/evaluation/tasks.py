@@ -85,6 +85,7 @@ class AgreementTask:
     name: str
     texts: Sequence[str]
     columns: Columns = field(default_factory=dict)
+    kind: Kind = "document"
 
 
 Task = StsTask | PairTask | RetrievalTask | ClassificationTask | ClusteringTask | AgreementTask
@@ -103,7 +104,7 @@ def list_texts(task: Task) -> dict[Kind, list[str]]:
         case ClusteringTask():
             return {"plain": list(task.texts)}
         case AgreementTask():
-            return {"document": list(task.texts)}
+            return {task.kind: list(task.texts)}
 
 
 def list_items(task: Task) -> list[tuple[str, ...]]:

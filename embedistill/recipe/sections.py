@@ -83,6 +83,11 @@ class CorpusSection(Section):
         "hf:org/dataset[:config][:split][#text column], docstrings:[package,package], or a list of such."
     )
     text_column: str = Field("text", description="Column with the text.")
+    kind: Literal["document", "query"] = Field(
+        "document",
+        description="What its texts are to a teacher with a prompt for each: documents, or queries, such as those of a "
+        "query encoder.",
+    )
     pairs: str | None = Field(
         None,
         description="A file of pairs beside the corpus, with the columns anchor, positive and, if there is one, "
@@ -110,6 +115,12 @@ class CorpusSection(Section):
     max_characters: Count = Field(100_000, description="A longer text is a bad row.")
     select: SelectSection = SelectSection()
     holdout: Share = Field(0.05, description="Share of the records that is never trained on, for evaluation.")
+
+    @model_validator(mode="after")
+    def _finds_documents(self) -> CorpusSection:
+        if self.kind == "query" and self.query_column:
+            raise ValueError("no query_column beside kind: query, as a query has none of its own")
+        return self
 
     @property
     def sources(self) -> list[str]:
