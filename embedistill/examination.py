@@ -98,7 +98,8 @@ class Examination:
         columns = sources if len(set(sources["source"])) > 1 else {}
         named[AGREEMENT] = AgreementTask(AGREEMENT, [record.document for record in compared], columns, kind)
         pairs = [(record.query, record.document) for record in held_out if record.query]
-        named[KNOWN_ITEM] = make_known_item_task(KNOWN_ITEM, pairs, [record.document for record in held_out])
+        documents = [record.document for record in held_out if record.kind == "document"]
+        named[KNOWN_ITEM] = make_known_item_task(KNOWN_ITEM, pairs, documents)
         wanted = {name: named.get(name) for name in self._section.tasks}
         found = {name: task for name, task in wanted.items() if task is not None}
         lost = [name for name in wanted if name not in found]

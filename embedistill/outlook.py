@@ -82,10 +82,10 @@ def plan(recipe: Recipe, cache_dir: str | Path | None = None) -> Outlook:
         dtype=choose_dtype(training.dtype, find_training_device()),
     )
     encoder = LocalEncoder(located, choose_dtype(recipe.teacher.dtype))
-    encoder.run(encoder.prepare(sample[:8], "document"))
+    encoder.run(encoder.prepare(sample[:8], recipe.corpus.kind))
     start = time.perf_counter()
     some = sample[:_SAMPLE]
-    encoder.run(encoder.prepare(some, "document"))
+    encoder.run(encoder.prepare(some, recipe.corpus.kind))
     return Outlook(forecasts, n_texts, (time.perf_counter() - start) / len(some) * n_texts / 3600)
 
 
@@ -142,7 +142,7 @@ def _sample_corpus(recipe: Recipe, size: int) -> tuple[int, list[str]]:
         if record is None or len(record.text) < section.min_characters:
             continue
         n_records += 1
-        for text in filter(None, (record.document, record.query)):
+        for text in record.texts:
             place = count if count < size else int(rng.integers(0, count + 1))
             if place < size:
                 sample[place : place + 1] = [text]

@@ -220,7 +220,7 @@ class _Line:
     def encode(self) -> dict[str, Any]:
         corpus, texts, plan = self.material.corpus, self.material.encoded, self.construction.plan
         self.examination.list_tasks(corpus["holdout"])  # says what cannot be had, before anything is encoded
-        cache, size = self.teacher.cache("document"), self.recipe.student.embedding_size
+        cache, size = self.teacher.cache(next(iter(texts))), self.recipe.student.embedding_size
         if size and size > cache.dim:
             raise UsageError(
                 "student.embedding_size", str(size), f"at most the {cache.dim} of the teacher's embeddings"

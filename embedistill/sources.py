@@ -17,7 +17,8 @@ def check_corpus(section: CorpusSection) -> None:
         UsageError: It is not, or it cannot.
     """
     describe_source(section.sources)
-    next(_read_pairs(section), None)
+    for file in list_files(Path(section.pairs)) if section.pairs else []:
+        next(_read_pairs(section, file), None)
     for source in [section.source] if isinstance(section.source, str) else section.source:
         if not source.startswith(REMOTE_SOURCES):
             for file in list_files(Path(source)):
@@ -26,13 +27,13 @@ def check_corpus(section: CorpusSection) -> None:
 
 def read_records(section: CorpusSection) -> Iterator[Record | None]:
     """Yield the records of a recipe's corpus; those of pairs first, so that no text is taken without its anchor."""
-    yield from _read_pairs(section)
+    if section.pairs:
+        yield from _read_pairs(section, Path(section.pairs))
     yield from _read_source(section, section.source)
 
 
-def _read_pairs(section: CorpusSection) -> Iterator[Record | None]:
-    if section.pairs:
-        yield from read_pairs(Path(section.pairs), max_characters=section.max_characters, bad_rows=section.bad_rows)
+def _read_pairs(section: CorpusSection, path: Path) -> Iterator[Record | None]:
+    yield from read_pairs(path, max_characters=section.max_characters, bad_rows=section.bad_rows)
 
 
 def _read_source(section: CorpusSection, source: str | list[str]) -> Iterator[Record | None]:

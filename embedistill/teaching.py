@@ -65,9 +65,11 @@ def check_training(
         UsageError: It says for what.
     """
     paired = any(record.query for record in records)
+    has_queries = paired or any(record.kind == "query" for record in records)
     for on, _, phase in section.phases:
         where = f"training.then.on: {on}" if on != "all" else "training.objectives.pairs"
-        if not paired and (on != "all" or "pairs" in phase.objectives.used):
+        is_there = has_queries if on == "queries" else paired
+        if not is_there and (on != "all" or "pairs" in phase.objectives.used):
             raise UsageError(where, "no text has a query", "corpus.query_column or corpus.pairs, which make some")
         heads = section.relation_heads
         if "attention" in phase.objectives.used and any(width % heads for width in widths):

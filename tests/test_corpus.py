@@ -21,7 +21,7 @@ from embedistill.corpus.docstrings import _to_record, find_packages, read_docstr
 from embedistill.corpus.filtering import drop_near_duplicates, make_filter
 from embedistill.corpus.preparation import prepare
 from embedistill.corpus.reading import Columns, _file_rows, _parse_hub_name, describe_source, read_corpus, read_pairs
-from embedistill.corpus.records import Record, load_corpus, save_corpus
+from embedistill.corpus.records import Record, choose_kind, load_corpus, save_corpus
 from embedistill.corpus.selection import select, share_out
 from embedistill.errors import EmbedistillError, UsageError
 from embedistill.recipe import CorpusSection
@@ -81,6 +81,26 @@ def test_every_file_of_a_folder_is_looked_at_before_a_run(tmp_path: Path) -> Non
     (tmp_path / "b.jsonl").write_text('{"body": "of another column"}\n')
     with pytest.raises(UsageError, match=r"b\.jsonl:1: no column 'text'"):
         check_corpus(CorpusSection(source=str(tmp_path)))
+
+
+def test_most_texts_say_what_a_corpus_is_judged_on() -> None:
+    documents, queries = [Record("d", query="q")], [Record(text, kind="query") for text in ("a", "b")]
+    assert choose_kind(documents + queries) == (queries, "query")
+    assert choose_kind(documents + queries[:1]) == (documents, "document")
+
+
+def test_queries_are_kept_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "searches.txt"
+    path.write_text("where is it\nwhat is it\n")
+    records = [record for record in read(path, kind="query") if record]
+    assert [record.parts for record in records] == [[("query", "where is it")], [("query", "what is it")]]
+    save_corpus(tmp_path / "corpus.parquet", {"train": records, "holdout": [Record("d", negative="n")]})
+    assert load_corpus(tmp_path / "corpus.parquet") == {"train": records, "holdout": [Record("d", negative="n")]}
+    table = pq.read_table(tmp_path / "corpus.parquet").drop_columns(["kind"])  # as runs of before have it
+    pq.write_table(table, tmp_path / "corpus.parquet")
+    assert {record.kind for some in load_corpus(tmp_path / "corpus.parquet").values() for record in some} == {
+        "document"
+    }
 
 
 def bad(tmp_path: Path, name: str, content: bytes, **columns: object) -> str:

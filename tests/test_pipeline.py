@@ -497,7 +497,8 @@ def test_the_teacher_of_a_run_has_the_prompts_that_its_recipe_gave_it(
 def test_a_corpus_of_queries_is_taught_and_judged_with_the_prompt_of_queries(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ["corpus.kind=query", "corpus.query_column=null", "teacher.prompts={query: 'ship : ', document: 'a : '}"]
+    settings = ["corpus.kind=query", "corpus.query_column=null", "search=null"]
+    settings.append("teacher.prompts={query: 'ship : ', document: 'a : '}")
     recipe = load_recipe(recipe_file, *settings, "evaluation.tasks=[agreement]", "training.epochs=0.5")
     taught: list[str] = []
     monkeypatch.setattr(pipeline, "train", lambda student, inputs, *_, **__: taught.extend(inputs))

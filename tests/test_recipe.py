@@ -182,6 +182,10 @@ def test_a_query_has_no_query_of_its_own(tmp_path: Path) -> None:
     assert load_recipe(path, "corpus.kind=query").corpus.kind == "query"
     with pytest.raises(RecipeError, match="expected no query_column beside kind: query"):
         load_recipe(path, "corpus.kind=query", "corpus.query_column=title")
+    with pytest.raises(RecipeError, match="expected kind: document for docstrings"):
+        load_recipe(path, "corpus.kind=query", "corpus.source=docstrings:torch")
+    with pytest.raises(RecipeError, match=r"search: null beside corpus\.kind: query"):
+        load_recipe(path, "corpus.kind=query", "search={question: where}")
 
 
 def test_segments_are_not_judged_where_nothing_is(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from embedistill.corpus.records import Record
+from embedistill.errors import UsageError
 from embedistill.recipe import TrainingSection
-from embedistill.teaching import _default_pairs, list_lessons, make_batching, texts_by_kind
+from embedistill.teaching import _default_pairs, check_training, list_lessons, make_batching, texts_by_kind
 
 RECORDS = [Record("alone"), Record("d1", query="q1", negative="n1"), Record("d2", query="q2")]
 
@@ -52,6 +54,14 @@ def test_texts_that_pairs_link_are_kin_and_the_first_document_is_the_positive() 
     alone, first, second, negative, query, other = found.kin.tolist()
     assert first == second == query == other
     assert len({alone, negative, query}) == 3
+
+
+def test_a_second_training_on_queries_wants_texts_that_are_queries_or_have_some() -> None:
+    section = TrainingSection.model_validate({"then": {"on": "queries"}})
+    for records in ([Record("a", kind="query")], [Record("d", query="q")]):
+        check_training(section, records, [], [])
+    with pytest.raises(UsageError, match=r"training\.then\.on: queries: no text has a query"):
+        check_training(section, [Record("alone")], [], [])
 
 
 def test_each_layer_follows_the_one_of_its_teacher_that_it_was_made_of() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,10 @@ def load_corpus(path: Path) -> dict[Split, list[Record]]:
 
 
 def choose_kind(records: Sequence[Record]) -> tuple[list[Record], Kind]:
-    """Return the records whose texts are documents, or queries where there are no documents, and what they are."""
-    documents = [record for record in records if record.kind == "document"]
-    return (documents, "document") if documents else (list(records), "query")
+    """Return the records of the kind that most are of, documents where there are as many of each, and that kind."""
+    kinds = Counter(record.kind for record in records)
+    kind: Kind = "query" if kinds["query"] > kinds["document"] else "document"
+    return [record for record in records if record.kind == kind], kind
 
 
 def normalise(text: str) -> str:

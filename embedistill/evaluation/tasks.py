@@ -133,6 +133,8 @@ def draw_experiments(task: ClassificationTask) -> list[list[int]]:
 def fingerprint_task(task: Task) -> str:
     """Return the sha256 of a task's texts and judgements; its further columns and ids do not count."""
     content: dict[str, Any] = {one.name: getattr(task, one.name) for one in fields(task) if one.name not in _BESIDE}
+    if isinstance(task, AgreementTask) and task.kind == "document":
+        del content["kind"]  # which tasks of before had not
     return fingerprint(content)
 
 

@@ -120,6 +120,8 @@ class CorpusSection(Section):
     def _finds_documents(self) -> CorpusSection:
         if self.kind == "query" and self.query_column:
             raise ValueError("no query_column beside kind: query, as a query has none of its own")
+        if self.kind == "query" and any(source.startswith("docstrings:") for source in self.sources):
+            raise ValueError("kind: document for docstrings, which have queries of their own")
         return self
 
     @property
@@ -290,6 +292,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _searches_documents(self) -> Recipe:
+        if self.search and self.corpus.kind == "query":
+            raise ValueError("search: null beside corpus.kind: query, as an index is of documents")
+        return self
+
+    @model_validator(mode="after")
     def _shows_its_insides(self) -> Recipe:
         live = sorted({name for _, _, phase in self.training.phases for name in phase.objectives.used} & LIVE)
         student = self.student
@@ -303,5 +311,8 @@ class Recipe(Section):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of what makes its student: all settings but the name and those of what comes afterwards."""
-        return fingerprint(self.model_dump(by_alias=True, exclude={"name", *AFTERWARDS}))
+        """The sha256 of what makes its student: all settings but the name and those of what comes afterwards.
+
+        Those at their defaults do not count, so that it stays the same when others are added.
+        """
+        return fingerprint(self.model_dump(by_alias=True, exclude_defaults=True, exclude={"name", *AFTERWARDS}))

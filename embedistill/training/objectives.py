@@ -62,8 +62,8 @@ class DistillationLoss(nn.Module):
 
     Args:
         model: The student.
-        weights: Weight by term: layers and attention are of `internals`, the others the functions of this module,
-            reverse_similarity similarity's the other way.
+        weights: Weight by term: layers and attention are of `internals`, the others are the functions of this module:
+            spread is `crowding`, reverse_similarity is similarity's the other way.
         temperature: Of the terms similarity, reverse_similarity, contrastive and pairs; None: learned, from 0.05 on,
             kept in 0.01 to 1, as CLIP's (Radford et al., 2021).
         prefixes: Numbers of dimensions: each term is the mean over these prefixes of the vectors and the whole, scaled
