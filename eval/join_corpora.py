@@ -1,4 +1,4 @@
-"""The mix with more queries that mpnet-14m was trained on: texts by cost, titled passages, and queries, once each.
+"""The mix with more queries of mpnet-14m and mpnet-6l: texts by cost, titled passages, and queries, once each.
 
     python eval/join_corpora.py runs/by-cost runs/passages queries.parquet --out corpus-and-queries.parquet
 

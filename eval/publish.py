@@ -117,8 +117,11 @@ TIME, CISI and STSBenchmark.dev prefer all the same.
   faster. In an hour of a core they see 27,776 and 94,528 texts, mpnet-14m some 358,000, each of its texts 1.9 times.
   The random start is of mpnet-14m's size and judged at 128 tokens, as it has learned no positions beyond (it was scored
   at 384 before: 15.9 % of retrieval); every third layer is 3.7 times as large.
-- mpnet-6l was published before, of 198,000 texts by cost, at 100.0 and 93.4 %. STSBenchmark.dev, TIME and CISI prefer
-  the mix with more queries (on average 65.4 where it was 65.2): its test sets have been scored twice.
+- mpnet-6l was published before, of 198,000 texts by cost and 675 steps, at 100.0 and 93.4 %. On average of
+  STSBenchmark.dev, TIME and CISI the mix with more queries has 65.4 where that had 65.2 (CISI alone prefers that): its
+  test sets have been scored twice.
+- mpnet-static was judged beside an earlier encoding by its teacher, as the first mpnet-6l was, with which the teacher
+  has 65.16 in retrieval and 71.69 on TIME. Each student is compared with the vectors of its own evaluation.
 - mpnet-14m was published before, of another corpus, at 97.7 and 87.7 %. That was changed because retrieval had missed
   its aim, and made up before it was scored: its test sets have been scored twice.
 """
