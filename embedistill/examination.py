@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedistill.corpus.records import Record, choose_kind
 from embedistill.errors import UsageError
-from embedistill.evaluation.loading import check_folder, load_task, load_tasks, save_sts
+from embedistill.evaluation.loading import check_folder, check_names, load_task, load_tasks, save_sts
 from embedistill.evaluation.scoring import score_model
 from embedistill.evaluation.tasks import AgreementTask, StsTask, Task, list_texts, make_known_item_task
 from embedistill.files import fingerprint, is_jsonl
@@ -106,21 +106,24 @@ class Examination:
         if not found or (lost and self._section.missing == "error"):
             do = f"{KNOWN_ITEM} needs held-out records with a query: set corpus.query_column, or take it off the list"
             raise UsageError("evaluation.tasks", f"{', '.join(lost)} cannot be had", "data for each of them", do)
+        check_names(task.name for task in found.values())  # a file may be called as a task of our own
         return found
 
     @cached_property
     def _tasks(self) -> list[Task]:
-        return [load_task(name, self.data or self._folder / "data") for name in self.names]
+        return load_tasks(self.names, self.data or self._folder / "data", skip_missing=False)
 
     def _find(self) -> list[str]:
         """Return the named tasks that can be had; those of the Hub are kept with the run, to go on without it."""
         section = self._section
-        names = []
+        names, found_names = [], []
         for name in section.tasks:
             found = load_tasks([name], self.data, skip_missing=section.missing == "skip") if name not in _OWN else []
             if found and self.data is None and not is_jsonl(name):
                 save_sts(cast(StsTask, found[0]), self._folder / "data")
             names += [name] * len(found)
+            found_names += [task.name for task in found]
+        check_names(found_names)
         return names
 
 

@@ -58,6 +58,7 @@ from embedistill.teacher import (
     default_cache_dir,
     embed_cheaply,
     find_prompt,
+    has_words,
     locate,
 )
 
@@ -195,7 +196,7 @@ def choose_measures(
     tokenizer = getattr(student.tokenizer, "backend_tokenizer", student.tokenizer)
     if isinstance(tokenizer, Tokenizer):
         measures["pieces a word"] = make_piece_measure(tokenizer)
-    if teacher and trained:
+    if teacher and trained and has_words(teacher):
         measures["distance from the corpus"] = make_distance_measure(partial(embed_cheaply, teacher), trained)
     return measures
 
@@ -390,4 +391,4 @@ def _identify(result: Result) -> tuple[str, str, str]:
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
     names = [folder.absolute().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    return names if len(set(names) - _ROLES) == len(names) else [str(folder.absolute()) for folder in folders]

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from embedistill import ranks
-from embedistill.architectures import read_config, read_sizes
+from embedistill.architectures import ARCHITECTURES, read_config, read_sizes
 from embedistill.choices import Dtype, Kind
 from embedistill.construction import Construction
 from embedistill.corpus.filtering import make_filter
@@ -67,6 +67,7 @@ from embedistill.training.loop import train
 from embedistill.training.readings import Dev
 
 ASSISTANT, TRAINED_ASSISTANT = "assistant-untrained", "assistant"
+CHECKPOINTS = "checkpoints"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _DISPOSABLE = ("corpus", "encode")  # what the teacher encoded is in the cache, whatever becomes of the run
 _WATCHED, _FEWEST_WATCHED = 128, 8  # training texts of a kind; texts in all
@@ -181,10 +182,12 @@ class _Line:
         if recipe.student.via:
             begun = run("assistant", self.build_assistant, [encoded], [ASSISTANT])
             encoded = run("assistant training", self.train_assistant, [begun], [TRAINED_ASSISTANT])
+            remove(self.folder / CHECKPOINTS)
         started = [self.start.weights_sha256, self.start.settings_sha256] if self.start else []
         built = run("student", self.build, [encoded, *started], ["untrained"])
         yield "student"
         trained = run("training", self.train, [built], ["model", "training_log.jsonl"])
+        remove(self.folder / CHECKPOINTS)  # when it is on record that they are not needed: a kill may come before
         yield "training"
         compared: list[Any] = [found.weights_sha256 for found in self.baselines.values()]
         asked = recipe.evaluation.model_dump()
@@ -229,9 +232,11 @@ class _Line:
         if max(prefixes, default=0) > (size or cache.dim):
             found, expected = str(max(prefixes)), f"at most the {size or cache.dim} dimensions of the student"
             raise UsageError("training.matryoshka", found, expected)
-        sizes = [plan.sizes, read_sizes(read_config(self.located.path))] if plan else []
+        config = read_config(self.located.path) if plan else {}
+        sizes = [plan.sizes, read_sizes(config)] if plan else []
         widths, layers = [one.hidden_size for one in sizes], [one.layers for one in sizes]
-        check_training(self.recipe.training, corpus["train"], widths, layers)
+        architectures = [ARCHITECTURES[config["model_type"]]] if plan else []
+        check_training(self.recipe.training, corpus["train"], widths, layers, architectures)
         n_missing = sum(len(self.teacher.cache(kind).missing(some)) for kind, some in texts.items())
         check_space(self.folder, _MODEL_COPIES * folder_bytes(self.located.path))
         check_space(self.cache_dir, _BYTES[cache.storage] * cache.dim * n_missing)
@@ -279,7 +284,6 @@ class _Line:
         student = self.teach(**task)
         layers = read_json(self.folder / name / SPACE)["layers"]
         self.construction.save(student, self.folder / trained, load_projection(self.folder / name), layers)
-        remove(self.folder / "checkpoints")
 
     def teach(self, name: str, share: float, work: str, log: str, dtype: str) -> SentenceTransformer:
         """Train a model in all phases of the recipe; the processes of torchrun do this together."""
@@ -298,7 +302,7 @@ class _Line:
                 loss=make_loss(section, student, live, described["layers"]),
                 batching=make_batching(section, student, lessons, self.recipe.seed),
                 schedule=make_schedule(section, share * part, self.recipe.seed, getattr(torch, dtype)),
-                work_dir=self.folder / "checkpoints" / work / str(number),
+                work_dir=self.folder / CHECKPOINTS / work / str(number),
                 log_path=self.folder / (f"{log}.jsonl" if number == 0 else f"{log}-{number}.jsonl"),
                 dev=self._open_dev(student, projection),
                 partners=lessons.partners[:, 0],

@@ -103,8 +103,9 @@ class Stages:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage."""
-        return {name: stage["seconds"] for name, stage in self.record["stages"].items()}
+        """Seconds by stage; of one that was stopped and went on, those since then, and it says so."""
+        stages = self.record["stages"].items()
+        return {f"{name}, since it went on" if stage["resumed"] else name: stage["seconds"] for name, stage in stages}
 
 
 @contextmanager

@@ -212,6 +212,11 @@ def encode_with_progress(
     return vectors
 
 
+def has_words(model: SentenceTransformer) -> bool:
+    """Say whether a model begins with a transformer, which has word embeddings."""
+    return hasattr(model[0], "model")
+
+
 def embed_cheaply(model: SentenceTransformer, texts: Sequence[str]) -> Embeddings:
     """Return the mean of a transformer's word embeddings over the pieces of each text, unit vectors (n_texts, dim).
 

@@ -13,6 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sentence_transformers import SentenceTransformer
 
+from embedistill.architectures import Architecture
 from embedistill.choices import Kind, Phase
 from embedistill.corpus.records import Record
 from embedistill.errors import UsageError
@@ -22,7 +23,7 @@ from embedistill.recipe import LIVE, CourseSection, TrainingSection
 from embedistill.student.head import Matrix, project
 from embedistill.teacher import find_prompt
 from embedistill.training.batches import Batching, Rows, Targets, find_neighbours, shorten, spread_from_centres
-from embedistill.training.internals import Internals
+from embedistill.training.internals import Internals, check_attention
 from embedistill.training.loop import Schedule
 from embedistill.training.objectives import Course, DistillationLoss, Term
 
@@ -51,7 +52,11 @@ class Lessons:
 
 
 def check_training(
-    section: TrainingSection, records: Iterable[Record], widths: Sequence[int], layers: Sequence[int]
+    section: TrainingSection,
+    records: Iterable[Record],
+    widths: Sequence[int],
+    layers: Sequence[int],
+    architectures: Iterable[Architecture] = (),
 ) -> None:
     """Stop, before anything is encoded, where a training asks for what there is not.
 
@@ -60,6 +65,7 @@ def check_training(
         records: What is trained on.
         widths: Hidden sizes of student and teacher, where both are known.
         layers: Their numbers of layers, where both are known.
+        architectures: What they are, as far as it is known.
 
     Raises:
         UsageError: It says for what.
@@ -72,9 +78,11 @@ def check_training(
         if not is_there and (on != "all" or "pairs" in phase.objectives.used):
             raise UsageError(where, "no text has a query", "corpus.query_column or corpus.pairs, which make some")
         heads = section.relation_heads
-        if "attention" in phase.objectives.used and any(width % heads for width in widths):
-            found = f"{heads}, with hidden sizes {' and '.join(map(str, widths))}"
-            raise UsageError("training.relation_heads", found, "a number that divides both")
+        if "attention" in phase.objectives.used:
+            check_attention(architectures)
+            if any(width % heads for width in widths):
+                found = f"{heads}, with hidden sizes {' and '.join(map(str, widths))}"
+                raise UsageError("training.relation_heads", found, "a number that divides both")
     live = any(LIVE & set(phase.objectives.used) for _, _, phase in section.phases)
     if live and world_size() > 1:
         found = f"{world_size()} processes with the terms layers or attention, whose maps each would learn for itself"

@@ -118,21 +118,14 @@ def test_the_page_on_evaluation_runs(
     assert list((place / "mteb" / "results").rglob("STSBenchmark.json"))
 
 
+def _list_commands() -> set[str]:
+    registered = [one.name or one.callback.__name__ for one in commands.app.registered_commands]
+    return {*registered, *(str(one.name) for one in commands.app.registered_groups)}
+
+
 def test_commands_in_prose_exist() -> None:
     mentioned = set(re.findall(r"`embedistill ([a-z]+)", README + ENCODING + STUDENTS + TRAINING + EVALUATION))
-    assert mentioned
-    assert mentioned <= {
-        "run",
-        "encode",
-        "plan",
-        "validate",
-        "evaluate",
-        "compare",
-        "report",
-        "search",
-        "recipes",
-        "cache",
-    }
+    assert {"run", "encode"} <= mentioned <= _list_commands()
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

@@ -35,7 +35,9 @@ from embedistill.evaluation.loading import load_task
 from embedistill.evaluation.segments import Segment
 from embedistill.precomputation import encode_corpus
 from embedistill.report.document import load_report, save_report
+from embedistill.stages import Stages
 from embedistill.teacher import locate
+from embedistill.training.objectives import DistillationLoss
 
 RUN = """
 import os, signal, sys
@@ -188,6 +190,24 @@ def test_a_run_may_end_behind_its_training(recipe_file: Path, tmp_path: Path, mo
     assert distill(recipe, tmp_path / "run").report.retention("agreement").value > 0
 
 
+def test_a_kill_before_a_training_is_on_record_loses_nothing_of_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(path: Path) -> None:
+        raise KeyboardInterrupt(path)
+
+    recipe = load_recipe(recipe_file, "training.epochs=0.1")
+    with monkeypatch.context() as killed:
+        killed.setattr(pipeline, "remove", kill)
+        with pytest.raises(KeyboardInterrupt, match="results"):
+            distill(recipe, tmp_path / "run", until="training")
+    monkeypatch.setattr(DistillationLoss, "forward", lambda *_: pytest.fail("trained again"))
+    run = distill(recipe, tmp_path / "run", until="training")
+    assert not (run.folder / "checkpoints").exists()
+    seconds = Stages(run.folder, recipe.seed).seconds
+    assert list(seconds) == ["corpus", "encode", "student", "training, since it went on"]
+
+
 def test_a_run_ends_behind_a_stage_that_there_is(recipe_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="until: 'train'; expected corpus, encode, student or training"):
         distill(load_recipe(recipe_file), tmp_path / "run", until="train")  # type: ignore[arg-type]
@@ -256,6 +276,11 @@ def test_a_comparison_has_the_segments_of_all_its_runs(finished: Path, tmp_path:
     both = compare(tmp_path / "good", tmp_path / "weak", out=tmp_path / "both")
     assert [(one.role, one.retention.verdict) for one in both.segments] == [("weak", "FAIL"), ("good", "PASS")]
     assert both.verdict == "FAIL"
+    (tmp_path / "weak").rename(tmp_path / "teacher")  # which the teacher of both is called
+    mistaken = compare(tmp_path / "good", tmp_path / "teacher")
+    assert [model.role for model in mistaken.models] == ["teacher", str(tmp_path / "good"), str(tmp_path / "teacher")]
+    assert mistaken.retention("STS12", role=str(tmp_path / "good")).value == both.retention("STS12", role="good").value
+    (tmp_path / "teacher").rename(tmp_path / "weak")
     wide = compare(tmp_path / "good", tmp_path / "weak", margin=0.6, segment_margin=0.7)
     assert {one.retention.verdict for one in wide.segments} == {"PASS"}
     assert "weak, STS12, source: forum" in (tmp_path / "both" / "report.html").read_text()
@@ -308,9 +333,12 @@ def test_what_cannot_be_is_said_before_anything_is_encoded(
     monkeypatch.setattr(LocalEncoder, "run", lambda *_, **__: pytest.fail("encoded"))
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a"}\n{"text": "b"}\n')
+    own = shutil.copy(texts, tmp_path / "agreement.jsonl")
     cases = {
         ("evaluation={data: nowhere, missing: skip}",): "nowhere: no such folder",
         (f"training.dev_task={texts}",): "training.dev_task: {texts}: texts alone; expected pairs",
+        (f"evaluation.tasks=[{texts}, {texts}]",): "tasks: texts more than once; expected a name each; rename the file",
+        (f"evaluation.tasks=[agreement, {own}]",): "tasks: agreement more than once",
         ("training.dev_task=STS12.dev", f"evaluation.data={data_dir}"): "training.dev_task: STS12.dev: not in",
         ("student={layers: 2, vocabulary_size: 20}",): "student.vocabulary_size: 20; expected at least 193",
         ("student={from: static, vocabulary_size: 20}",): "student.vocabulary_size: 20; expected at least 193",

@@ -1,5 +1,6 @@
 """The published results: the page says what the figures say."""
 
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,10 @@ def test_the_recipes_say_what_was_published(publish: SimpleNamespace) -> None:
         expected = f"# Keeps, of the teacher: {sts} of STS, {retrieval} of nDCG@10 in retrieval"
         assert expected in said[one["name"]], one["name"]
     assert len(students) == 5
+    for name in ("quickstart", "domain-search"):
+        (one,) = (one for one in publish.load_students() if one["name"] == name)
+        kept = publish._kept(publish._find(one, "known-item"))["value"]
+        assert re.search(rf"# Keeps, of the teacher's nDCG@10 in .*: {100 * kept:.1f} %", said[name]), name
 
 
 def test_a_student_that_is_judged_on_something_else_has_a_table_of_its_own(publish: SimpleNamespace) -> None:
@@ -51,7 +56,10 @@ def test_a_student_that_is_judged_on_something_else_has_a_table_of_its_own(publi
     page = publish.render([*students, other])
     row = students[0]["comparisons"][0]
     (line,) = [line for line in page.splitlines() if line.startswith("| made-up |")]
-    assert f"| its queries | {row['task']} {row['metric']} | {100 * row['values']['teacher']:.2f} |" in line
+    assert (
+        f"| its queries | {row['task']} {row['metric']} | {row['n_items']:,} | {100 * row['values']['teacher']:.2f} |"
+        in line
+    )
     assert page.count("made-up") == 2  # there, and among the commands
     assert publish.summarise([*students, other]) == publish.summarise(students)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import make_tokenizer
 
-from embedistill.errors import UsageError
 from embedistill.evaluation.comparison import MAIN, Retention
 from embedistill.evaluation.metrics import metric_value
 from embedistill.evaluation.scoring import Result
@@ -21,7 +20,7 @@ from embedistill.evaluation.segments import (
     misspell,
 )
 from embedistill.evaluation.tasks import AgreementTask, ClassificationTask, ClusteringTask, RetrievalTask, StsTask
-from embedistill.evaluation.trial import find_contamination, find_disagreements, score_all
+from embedistill.evaluation.trial import find_contamination, find_disagreements
 from embedistill.judgement import judge
 from embedistill.report.document import Report
 
@@ -206,8 +205,3 @@ def test_the_items_that_differ_most_are_shown_with_their_texts() -> None:
     ]
     found = find_disagreements([task], scored)
     assert [(item["texts"], item["student"]) for item in found] == [(["q5"], 0.0), (["q1"], 0.2), (["q3"], 0.5)]
-
-
-def test_two_tasks_of_one_name_are_refused_before_anything_is_encoded() -> None:
-    with pytest.raises(UsageError, match="tasks: T more than once; expected a name each; rename the file"):
-        score_all([TASK, TASK], [], teacher=None, index="flat", misspelt=False, seed=0, versions={})

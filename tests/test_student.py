@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from embedistill.architectures import Sizes, find_words, read_config
 from embedistill.errors import UsageError
+from embedistill.evaluation.trial import make_floors
 from embedistill.student.building import add_head, build_student, list_body
 from embedistill.student.head import fit_pca, project, solve_ridge
 from embedistill.student.planning import TransformerPlan, plan_transformer
@@ -122,6 +123,18 @@ def test_a_student_pools_the_prompts_that_it_is_trained_with(mpnet_dir: Path, se
     np.testing.assert_allclose(student.encode_query(sentences[:5]), expected, atol=1e-6)
     assert all(module.include_prompt for module in list_body(teacher) if isinstance(module, Pooling))
     assert not teacher[1].include_prompt
+
+
+def test_the_floor_of_word_vectors_sees_the_prompts_that_its_head_was_solved_with(
+    mpnet_dir: Path, sentences: list[str], tmp_path: Path
+) -> None:
+    teacher = SentenceTransformer(str(mpnet_dir), device="cpu", prompts={"document": "barn : "})
+    prompted = [f"barn : {text}" for text in sentences]
+    vectors = teacher.encode_document(sentences)
+    (floor,) = make_floors(tmp_path, teacher, lambda *_: vectors, lambda _: (prompted, vectors))
+    found = floor.encode(sentences[:9], "document")
+    np.testing.assert_array_equal(found, floor.encode(prompted[:9], "query"))  # which have no prompt
+    assert not np.allclose(found, floor.encode(sentences[:9], "query"))
 
 
 def test_another_model_as_the_start_gets_a_head_into_the_teachers_space(

@@ -125,6 +125,9 @@ def test_every_file_may_be_packed_or_named_test(tmp_path: Path) -> None:
     assert isinstance(retrieval, RetrievalTask)
     assert retrieval.relevance == [{2: 1.0}, {0: 2.0}]
     assert (retrieval.query_ids, retrieval.document_ids) == (["q0", "q1"], ["d0", "d1", "d2"])
+    (beir / "qrels" / "test.tsv.gz").write_bytes(gzip.compress(judged.partition(b"\n")[2]))
+    with pytest.raises(UsageError, match=r"test\.tsv\.gz:1: a judgement, 'q0\\td2\\t1'; expected the names"):
+        load_task("R", tmp_path)
     write_rows(beir / "queries.jsonl.gz", [{"_id": "q0", "text": "a"}, {"_id": "q0", "text": "b"}])
     with pytest.raises(UsageError, match=r"queries\.jsonl\.gz:2: _id 'q0' for the second time"):
         load_task("R", tmp_path)

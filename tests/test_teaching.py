@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedistill.architectures import ARCHITECTURES
 from embedistill.corpus.records import Record
 from embedistill.errors import UsageError
 from embedistill.recipe import TrainingSection
@@ -62,6 +63,13 @@ def test_a_second_training_on_queries_wants_texts_that_are_queries_or_have_some(
         check_training(section, records, [], [])
     with pytest.raises(UsageError, match=r"training\.then\.on: queries: no text has a query"):
         check_training(section, [Record("alone")], [], [])
+
+
+def test_attention_is_refused_before_anything_is_encoded_where_an_architecture_has_none_to_compare() -> None:
+    section = TrainingSection.model_validate({"objectives": {"attention": 0.1}, "relation_heads": 4})
+    check_training(section, [Record("a")], [32, 32], [2, 4], [ARCHITECTURES["mpnet"]])
+    with pytest.raises(UsageError, match=r"training\.objectives\.attention: a model whose queries, keys and"):
+        check_training(section, [Record("a")], [32, 32], [2, 4], [ARCHITECTURES["modernbert"]])
 
 
 def test_each_layer_follows_the_one_of_its_teacher_that_it_was_made_of() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,12 @@ def describe_tasks(names: Iterable[str], folder: Path | None) -> list[Any]:
 
 
 def load_tasks(names: Iterable[str], folder: Path | None, *, skip_missing: bool) -> list[Task]:
-    """Load tasks by name; those that are not there are an error, or are left out with a line that says so."""
+    """Load tasks by name; those that are not there are an error, or are left out with a line that says so.
+
+    Raises:
+        UsageError: There is no such task, something is wrong in its data, or two have one name.
+        EmbedistillError: The Hub does not answer.
+    """
     tasks = []
     for name in names:
         try:
@@ -111,7 +116,15 @@ def load_tasks(names: Iterable[str], folder: Path | None, *, skip_missing: bool)
             if not skip_missing or (isinstance(error, UsageError) and not isinstance(error, MissingError)):
                 raise
             note(f"Task {name} is left out: {error}")
+    check_names(task.name for task in tasks)
     return tasks
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise a UsageError where two tasks have one name: the figures of one would take the place of the other's."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UsageError("tasks", f"{', '.join(repeated)} more than once", "a name each", "rename the file")
 
 
 def save_sts(task: StsTask, folder: Path) -> None:
@@ -196,7 +209,12 @@ def _load_retrieval(name: str, folder: Path) -> RetrievalTask:
     documents, queries = _read_by_id(corpus), _read_by_id(asked)
     numbers = {document: number for number, document in enumerate(documents)}
     relevance: dict[str, dict[int, float]] = {}
-    for where, line in islice(read_text_lines(judgements), 1, None):
+    lines = iter(read_text_lines(judgements))
+    where, header = next(lines, (str(judgements), ""))
+    if header.split("\t")[0] in queries:
+        found, do = f"a judgement, {header.rstrip()!r}", "put query-id, corpus-id and score first, with tabs"
+        raise UsageError(where, found, "the names of the columns, as BEIR has them", do)
+    for where, line in lines:
         row = line.rstrip("\r\n")
         fields = row.split("\t")
         if len(fields) != 3 or fields[0] not in queries or fields[1] not in numbers or not _is_number(fields[2]):

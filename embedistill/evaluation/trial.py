@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from embedistill.choices import Encodes, IndexKind
+from embedistill.choices import Encodes, IndexKind, Kind
 from embedistill.corpus.records import normalise
 from embedistill.encoding.local import LocalEncoder, encode_here
 from embedistill.errors import EmbedistillError, UsageError
@@ -27,7 +26,7 @@ from embedistill.evaluation.tasks import AgreementTask, ClusteringTask, Retrieva
 from embedistill.progress import note
 from embedistill.student.head import Matrix, project, solve_ridge
 from embedistill.student.saving import load_projection
-from embedistill.teacher import LocatedModel, embed_cheaply, encode
+from embedistill.teacher import LocatedModel, embed_cheaply, encode, find_prompt, has_words
 
 STUDENT, UNTRAINED = "student", "untrained"
 WORDS, PCA = "word vectors", "teacher's PCA"
@@ -88,10 +87,14 @@ def make_floors(
     projection = load_projection(student)
     space = partial(project, projection=projection)
     floors = []
-    if hasattr(teacher[0], "model"):
+    if has_words(teacher):
         texts, vectors = sample(teacher)
         head = solve_ridge(embed_cheaply(teacher, texts[:FIT_TEXTS]), space(vectors[:FIT_TEXTS]), _RIDGE)
-        floors.append(Candidate(WORDS, WORDS, lambda some, _: project(embed_cheaply(teacher, some), head), space))
+
+        def encode_words(some: Sequence[str], kind: Kind) -> Embeddings:
+            return project(embed_cheaply(teacher, [find_prompt(teacher, kind) + text for text in some]), head)
+
+        floors.append(Candidate(WORDS, WORDS, encode_words, space))
     if projection is not None:
         floors.append(Candidate(PCA, PCA, lambda some, kind: space(encode_all(some, kind)), space))
     return floors
@@ -113,14 +116,11 @@ def score_all(
     Where the documents are the teacher's, all that have a place in its space search these with queries of their own.
 
     Raises:
-        UsageError: Two tasks have one name, or a student with no place in the teacher's space shall search there.
+        UsageError: A student with no place in the teacher's space shall search there.
     """
     if documents == TEACHER and any(one.space is None for one in candidates if one.role == STUDENT):
         found, expected = "a student that is not in its teacher's space", "one that was made for it"
         raise UsageError("documents: teacher", found, expected, "leave it out: the student searches its own")
-    repeated = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
-    if repeated:
-        raise UsageError("tasks", f"{', '.join(repeated)} more than once", "a name each", "rename the file")
     spoilt = [replace(misspell(task, seed), name=MISSPELT + task.name) for task in tasks if misspelt]
     spoilt = [task for task in spoilt if not isinstance(task, AgreementTask)]
     results = []

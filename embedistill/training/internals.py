@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,18 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from embedistill.architectures import architecture_of, find_layers
+from embedistill.architectures import Architecture, architecture_of, find_layers
 from embedistill.errors import UsageError
 from embedistill.training.packed import in_runs, list_runs
 
 _RELATIONS = ("query", "key", "value")
+
+
+def check_attention(architectures: Iterable[Architecture]) -> None:
+    """Raise a UsageError where one has no queries, keys and values of their own, which the attention term compares."""
+    if any(architecture.query is None for architecture in architectures):
+        found = "a model whose queries, keys and values are one matrix"
+        raise UsageError("training.objectives.attention", found, "one that has each", "use the term layers")
 
 
 class Internals(nn.Module):
@@ -46,9 +53,8 @@ class Internals(nn.Module):
         super().__init__()
         self._bodies: dict[str, Any] = {"student": _body(student), "teacher": _body(teacher).eval()}
         self.pairs, self.relation_heads = list(pairs), relation_heads
-        if relation_heads and any(architecture_of(body).query is None for body in self._bodies.values()):
-            found = "a model whose queries, keys and values are one matrix"
-            raise UsageError("training.objectives.attention", found, "one that has each", "use the term layers")
+        if relation_heads:
+            check_attention(architecture_of(body) for body in self._bodies.values())
         narrow, wide = (body.config.hidden_size for body in self._bodies.values())
         maps = [nn.Linear(narrow, wide, bias=False) for _ in self.pairs]
         for linear in maps:
