@@ -93,8 +93,8 @@ So the best explanation is the budget, and these texts: taught by the cosine on 
 95 %, even one that started above. The cosine to the teacher rose to .79 to .86, for as long as the learning rate
 let it, and the order of a collection asks for more of it than the order of pairs does. Larger students keep more of it,
 3 x 768 in 113 minutes 91.2 % and 6 x 768 in 58 of one core 95.0 %, and miss their aims too. Many more steps, as one GPU
-makes them in an hour, are what to try next, and more distinct texts: 3 x 768 is at .892 on the texts that it was trained on
-and at .846 on others, and its head solved again does not help. 6 x 384 on the mix with more queries, an hour
+makes them in an hour, are what to try next, and more distinct texts: 3 x 768 is at .892 on the texts that it was
+trained on and at .846 on others, and its head solved again does not help. 6 x 384 on the mix with more queries, an hour
 and three quarters of one core, keeps 98.8 and 90.1 % (`LOG.md`), where the one of the table keeps 98.8 and 88.2, which
 TIME, CISI and STSBenchmark.dev prefer all the same.
 
