@@ -304,12 +304,31 @@ def test_a_query_that_many_texts_share_costs_none_of_them() -> None:
     """Such as the title Introduction: of 40 with it, held out or not, no text is lost, and none is trained on."""
     records = [Record(f"Chapter number {i}", query="Introduction") for i in range(40)]
     records += [Record(f"Part number {i}", query=f"Title {i}", negative="Chapter number 3") for i in range(60)]
-    splits, funnel = prepare(records, find_rule=anything, size=None, holdout=0.1, seed=0)
+    splits, funnel = prepare(records, find_rule=anything, size=None, holdout=0.1, seed=2)
     held = {text for record in splits["holdout"] for text in record.texts}
     assert "Introduction" in held
     assert (funnel.train, funnel.holdout, funnel.in_evaluation) == (89, 10, 0)
     assert funnel.examples["in_holdout"] == ["Chapter number 3"]  # a negative of what is held out
     assert not held & {text for record in splits["train"] for text in record.texts}
+
+
+def test_what_is_selected_is_held_out_and_selected_again_as_it_comes() -> None:
+    """Of the long texts, a tenth of what was selected by cost, a tenth is held out, and drawn with the same seed."""
+    records = [Record(f"short {i}") for i in range(1000)] + [Record(f"{i} " + "long " * 100) for i in range(1000)]
+
+    def count_long(some: Sequence[Record]) -> int:
+        return sum(len(record.text) > 100 for record in some)
+
+    splits, _ = prepare(records, find_rule=anything, size=800, holdout=0.25, seed=3, by="cost")
+    selected = splits["train"] + splits["holdout"]
+    assert len(splits["holdout"]) == 200
+    assert 80 < count_long(selected) < 110  # 800 / (1 + sqrt(501 / 9)) or so
+    assert count_long(splits["holdout"]) == pytest.approx(count_long(selected) / 4, abs=12)
+    assert count_long(splits["train"][:200]) == pytest.approx(count_long(selected) / 4, abs=12)
+    again, _ = prepare(selected, find_rule=anything, size=200, holdout=0.5, seed=3, by="random")
+    assert count_long(again["train"] + again["holdout"]) == pytest.approx(count_long(selected) / 4, abs=12)
+    more, _ = prepare(selected, find_rule=anything, size=400, holdout=0.5, seed=3, by="random")
+    assert {record.text for record in again["holdout"]} <= {record.text for some in more.values() for record in some}
 
 
 def test_duplicates_and_short_texts_are_counted() -> None:
@@ -335,7 +354,7 @@ def test_a_text_may_come_with_several_queries() -> None:
     )
     everything = splits["train"] + splits["holdout"]
     assert funnel.duplicate == 1
-    assert len(everything) + funnel.in_evaluation == 6
+    assert len(everything) + funnel.in_holdout == 6
 
 
 def test_a_corpus_of_nothing_says_what_became_of_it() -> None:

@@ -66,8 +66,9 @@ def prepare(
     A record whose text is held out is not trained on; one that shares but a query or a negative with what is held out
     is trained on without it.
 
-    The order, and with it selection and split, comes from a hash of seed and text: it does not depend on the order in
-    which the records were read.
+    Orders come from hashes of seed and text: they do not depend on the order in which the records were read. Groups are
+    drawn from by one, and what was selected comes in another, which random selection takes the first of: of a group of
+    which little is taken, all stands at the head of the order that it was drawn by, and with it would be held out.
 
     Args:
         records: What was read; None is a bad row.
@@ -85,12 +86,14 @@ def prepare(
     """
     funnel = Funnel()
     unique = list(_sift(records, find_rule, funnel))
-    order = sorted(unique, key=lambda record: _shuffle(seed, record))
+    order = _shuffle(unique, f"{seed}")
     if not near_duplicates:
         order, repeated = drop_near_duplicates(order)
         for record in repeated:
             funnel.drop("near_duplicate", record.text)
-    selected = select(order, size, by, embed)
+    final = f"{seed}:order"
+    drawn_from = _shuffle(order, final) if by == "random" else order
+    selected = _shuffle(select(drawn_from, size, by, embed), final)
     funnel.not_selected = len(order) - len(selected)
     cut = max(2, round(holdout * len(selected)))
     held_out, rest = selected[:cut], selected[cut:]
@@ -121,9 +124,14 @@ def _keep_apart(
             yield fresh
 
 
-def _shuffle(seed: int, record: Record) -> bytes:
-    query = f"\0{record.query}" if record.query else ""
-    return hashlib.sha256(f"{seed}:{record.text}{query}".encode()).digest()
+def _shuffle(records: Iterable[Record], seed: str) -> list[Record]:
+    """Return records in an order by chance, the same for the same seed, whatever order they come in."""
+
+    def place(record: Record) -> bytes:
+        query = f"\0{record.query}" if record.query else ""
+        return hashlib.sha256(f"{seed}:{record.text}{query}".encode()).digest()
+
+    return sorted(records, key=place)
 
 
 def _sift(
