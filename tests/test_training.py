@@ -19,10 +19,11 @@ from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from embedistill.architectures import read_config
+from embedistill.architectures import find_words, read_config
 from embedistill.errors import EmbedistillError, LostError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
+from embedistill.student.static import build_static
 from embedistill.training import batches, callbacks, loop, objectives
 from embedistill.training.batches import (
     Batching,
@@ -46,6 +47,7 @@ from embedistill.training.objectives import (
     ranking_distance,
     similarity_divergence,
 )
+from embedistill.training.optimiser import RowAdamW
 from embedistill.training.packed import list_runs, without_padding
 from embedistill.training.readings import Dev, Reading, find_fault, measure
 
@@ -620,6 +622,7 @@ def setting(mpnet_dir: Path, sentences: list[str]) -> SimpleNamespace:
     plan = plan_transformer(read_config(mpnet_dir), [0, 3])
     return SimpleNamespace(
         make_student=lambda: build_student(teacher, plan, sentences[:100], vectors[:100])[0],
+        make_static=lambda: build_static(teacher, sentences[:100], vectors[:100]),
         texts=sentences,
         vectors=vectors,
         targets=lambda rows: vectors[rows],
@@ -692,6 +695,61 @@ def test_weights_move_in_proportion_to_their_size(setting: SimpleNamespace, tmp_
     for name in (head, next(name for name in before if name.endswith("word_embeddings.weight"))):
         expected = 2e-4 * before[name].square().mean().sqrt().item() / 0.05
         assert moved[name] == pytest.approx(expected, rel=0.05)
+
+
+def test_a_row_moves_only_in_the_steps_that_use_it() -> None:
+    """Row 0 is used in every step, row 1 in the third, row 2 in none; beside AdamW of torch."""
+    start = torch.tensor([[1.0, -2.0], [3.0, 4.0], [5.0, 6.0]])
+    table, plain, matrix = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    groups = [{"params": [table], "by_row": True}, {"params": [matrix], "by_row": False}]
+    ours = RowAdamW(groups, lr=0.1, weight_decay=0.0)
+    torchs = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
+    seen = []
+    for number in range(6):
+        gradient = torch.zeros(3, 2)
+        gradient[0] = torch.tensor([0.5 - 0.2 * number, 1.0 + number])
+        if number == 2:
+            gradient[1] = torch.tensor([-7.0, 0.001])
+        for weight in (table, plain, matrix):
+            weight.grad = gradient.clone()
+        ours.step()
+        torchs.step()
+        seen.append(table.detach().clone())
+    torch.testing.assert_close(table[0], plain[0])
+    torch.testing.assert_close(matrix, plain)
+    torch.testing.assert_close(seen[1][1], start[1])
+    torch.testing.assert_close(seen[2][1], torch.tensor([3.1, 3.9]), rtol=0, atol=1e-5)  # the rate, once
+    torch.testing.assert_close(table[1], seen[2][1], rtol=0, atol=0)
+    torch.testing.assert_close(table[2], start[2], rtol=0, atol=0)
+    assert (plain[1] - start[1]).abs().min() > 0.19  # twice as far, in four steps, by the gradient of one
+    assert table.grad is not None
+
+
+def test_weights_of_a_row_that_is_used_decay() -> None:
+    table = torch.nn.Parameter(torch.ones(2, 1))
+    optimiser = RowAdamW([{"params": [table], "by_row": True}], lr=0.1, weight_decay=0.5)
+    table.grad = torch.tensor([[1.0], [0.0]])
+    optimiser.step()
+    torch.testing.assert_close(table.detach(), torch.tensor([[1 - 0.05 - 0.1], [1.0]]))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "static"])
+def test_training_leaves_rows_alone_that_no_text_uses(setting: SimpleNamespace, tmp_path: Path, kind: str) -> None:
+    student = setting.make_student() if kind == "transformer" else setting.make_static()
+    table = student[0].embedding if kind == "static" else find_words(student[0].model)
+    before = table.weight.detach().clone()
+    run(setting, tmp_path, student=student, schedule=replace(SCHEDULE, weight_decay=0.0))
+    moved = set((table.weight.detach() != before).any(1).nonzero()[:, 0].tolist())
+    if kind == "static":
+        used = {
+            piece
+            for found in student.tokenizer.encode_batch(setting.texts, add_special_tokens=False)
+            for piece in found.ids
+        }
+    else:
+        used = {piece for ids in student.tokenizer(setting.texts)["input_ids"] for piece in ids}
+    assert moved == used - {table.padding_idx}  # which has no gradient
+    assert len(used) < len(before)
 
 
 def test_the_same_seed_gives_the_same_student(setting: SimpleNamespace, tmp_path: Path) -> None:

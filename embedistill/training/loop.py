@@ -20,6 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch.nn import Embedding, EmbeddingBag
 from transformers import PrinterCallback, TrainerCallback
 
 from embedistill.encoding.hardware import find_training_device
@@ -38,6 +39,7 @@ from embedistill.training.batches import (
 )
 from embedistill.training.callbacks import Stopwatch, Watch, last_whole_checkpoint
 from embedistill.training.objectives import DistillationLoss
+from embedistill.training.optimiser import RowAdamW
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
@@ -323,7 +325,17 @@ class _Training:
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """One that writes no training texts into a card."""
+    """One that moves tables by the rows that are used, and writes no training texts into a card."""
+
+    def get_optimizer_cls_and_kwargs(
+        self, args: SentenceTransformerTrainingArguments, model: SentenceTransformer | None = None
+    ) -> tuple[Any, Any]:
+        """Return the optimiser and its groups of weights, those of tables marked."""
+        _, settings = super().get_optimizer_cls_and_kwargs(args, model)
+        tables = {id(one.weight) for one in self.loss.modules() if isinstance(one, Embedding | EmbeddingBag)}
+        for group in settings["optimizer_dict"]:  # of a group for each weight, by the mapping of rates
+            group["by_row"] = any(id(weight) in tables for weight in group["params"])
+        return RowAdamW, settings
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Leave it out."""

@@ -1,0 +1,60 @@
+"""AdamW by which a row of a table moves only in the steps that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RowAdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter, 2019) whose tables of embeddings are moved row by row.
+
+    A piece of a word that comes once in a thousand texts has a gradient in few steps. AdamW goes on moving its row by
+    the momentum of such a step, some twenty-five times as far in all as a row that every step uses moves in one: rare
+    pieces are moved most, each by what one text has to say of it. Here a row's moments, and their bias corrections, are
+    of the steps that use it, and it stands still in the others. Of a row that is used in every step nothing changes.
+    The moments are as in torch.optim.SparseAdam, which takes sparse gradients only and counts steps for all rows alike.
+
+    Groups of parameters with `by_row` are moved so, all others as by AdamW.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move all weights by their gradients; return what the closure does, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tables = [
+            (group, table, table.grad)
+            for group in self.param_groups
+            if group.get("by_row")
+            for table in group["params"]
+            if table.grad is not None
+        ]
+        for _, table, _ in tables:
+            table.grad = None  # so that it is left as it is
+        super().step()
+        for group, table, gradient in tables:
+            self._move_rows(group, table, gradient)
+            table.grad = gradient
+        return loss
+
+    def _move_rows(self, group: dict[str, Any], table: Tensor, gradient: Tensor) -> None:
+        state = self.state[table]
+        if not state:
+            state["step"] = torch.zeros(len(table), device=table.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+        used = gradient.abs().amax(1).nonzero()[:, 0]
+        some, (beta1, beta2) = gradient[used], group["betas"]
+        mean = state["exp_avg"][used].lerp_(some, 1 - beta1)
+        square = state["exp_avg_sq"][used].lerp_(some.square(), 1 - beta2)
+        step = state["step"][used] + 1
+        for name, rows in (("exp_avg", mean), ("exp_avg_sq", square), ("step", step)):
+            state[name][used] = rows
+        step = step[:, None]
+        move = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt_() + group["eps"])
+        table[used] = table[used] * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * move
