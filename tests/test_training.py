@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from embedistill.architectures import find_words, read_config
+from embedistill.architectures import read_config
 from embedistill.errors import EmbedistillError, LostError, UsageError
 from embedistill.student.building import build_student
 from embedistill.student.planning import plan_transformer
@@ -733,23 +734,30 @@ def test_weights_of_a_row_that_is_used_decay() -> None:
     torch.testing.assert_close(table.detach(), torch.tensor([[1 - 0.05 - 0.1], [1.0]]))
 
 
-@pytest.mark.parametrize("kind", ["transformer", "static"])
-def test_training_leaves_rows_alone_that_no_text_uses(setting: SimpleNamespace, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("transformer", {"word_embeddings", "position_embeddings", "relative_attention_bias"}),
+        ("static", set()),  # of which a table is all there is: eval/LOG.md
+    ],
+)
+def test_tables_beside_layers_are_moved_by_row(
+    setting: SimpleNamespace, tmp_path: Path, kind: str, tables: set[str]
+) -> None:
     student = setting.make_student() if kind == "transformer" else setting.make_static()
-    table = student[0].embedding if kind == "static" else find_words(student[0].model)
-    before = table.weight.detach().clone()
-    run(setting, tmp_path, student=student, schedule=replace(SCHEDULE, weight_decay=0.0))
-    moved = set((table.weight.detach() != before).any(1).nonzero()[:, 0].tolist())
-    if kind == "static":
-        used = {
-            piece
-            for found in student.tokenizer.encode_batch(setting.texts, add_special_tokens=False)
-            for piece in found.ids
-        }
-    else:
-        used = {piece for ids in student.tokenizer(setting.texts)["input_ids"] for piece in ids}
-    assert moved == used - {table.padding_idx}  # which has no gradient
-    assert len(used) < len(before)
+    names = {id(weight): name for name, weight in student.named_parameters()}
+    by_row, seen = set[str](), set[str]()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: object, state: object, control: object, **kwargs: Any) -> None:
+            for group in kwargs["optimizer"].param_groups:
+                found = {names[id(weight)] for weight in group["params"]}
+                seen.update(found)
+                by_row.update(found if group["by_row"] else ())
+
+    run(setting, tmp_path, student=student, callbacks=[Look()], schedule=replace(SCHEDULE, steps=1))
+    assert {name.split(".")[-2] for name in by_row} == tables
+    assert seen == set(names.values())
 
 
 def test_the_same_seed_gives_the_same_student(setting: SimpleNamespace, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch.nn import Embedding, EmbeddingBag
+from torch.nn import Embedding
 from transformers import PrinterCallback, TrainerCallback
 
 from embedistill.encoding.hardware import find_training_device
@@ -330,9 +330,9 @@ class _Trainer(SentenceTransformerTrainer):
     def get_optimizer_cls_and_kwargs(
         self, args: SentenceTransformerTrainingArguments, model: SentenceTransformer | None = None
     ) -> tuple[Any, Any]:
-        """Return the optimiser and its groups of weights, those of tables marked."""
+        """Return the optimiser and its groups of weights, tables beside layers marked: a static one is all there is."""
         _, settings = super().get_optimizer_cls_and_kwargs(args, model)
-        tables = {id(one.weight) for one in self.loss.modules() if isinstance(one, Embedding | EmbeddingBag)}
+        tables = {id(one.weight) for one in self.loss.modules() if isinstance(one, Embedding)}
         for group in settings["optimizer_dict"]:  # of a group for each weight, by the mapping of rates
             group["by_row"] = any(id(weight) in tables for weight in group["params"])
         return RowAdamW, settings
