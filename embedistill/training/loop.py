@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -39,13 +38,12 @@ from embedistill.training.batches import (
 )
 from embedistill.training.callbacks import Stopwatch, Watch, last_whole_checkpoint
 from embedistill.training.objectives import DistillationLoss
-from embedistill.training.optimiser import RowAdamW
+from embedistill.training.optimiser import RowAdamW, scale_rates
 from embedistill.training.packed import without_padding
 from embedistill.training.readings import Criterion, Dev, KeepBest
 
 _TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # its default is a folder of checkpoints, which are removed
 _DEV_READINGS = 10  # of a training, where the recipe names no steps
-_USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 _SCALE_RATE = 0.01  # of the logarithm of a learned temperature
 _FEWEST_TEXTS = 4  # of a batch that is halved for want of memory, for terms that compare its texts
 
@@ -170,7 +168,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         """Take what a training begins with, and a run that goes on has as well."""
-        self.rates = _scale_rates(self.student, self.schedule.learning_rate)
+        self.rates = scale_rates(self.student, self.schedule.learning_rate)
         if self.loss.course is None:
             self.rates["^log_scale$"] = _SCALE_RATE
         self.loss_state = {name: value.clone() for name, value in self.loss.own_state().items()}
@@ -348,19 +346,6 @@ def _agree(steps: int) -> int:
     found = [steps]
     torch.distributed.broadcast_object_list(found)
     return found[0]
-
-
-def _scale_rates(student: SentenceTransformer, rate: float) -> dict[str, float]:
-    """Return a learning rate for each weight matrix, by a pattern of its name: `rate` where its entries are 0.05 large.
-
-    Adam's steps are as large for all weights. Fitted students have weights of very different size: 1 in their table of
-    words, some hundredths in their layers, a hundredth and less in their head, which moves every vector. Each is moved
-    by the same share of its size, as by LAMB (You et al., 2020).
-    """
-    return {
-        f"^model\\.{re.escape(name)}$": rate * max(_LEAST, float(weight.detach().square().mean().sqrt())) / _USUAL
-        for name, weight in student.named_parameters()
-    }
 
 
 def _time_reading(student: SentenceTransformer, dev: Dev) -> float:

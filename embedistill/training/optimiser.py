@@ -1,12 +1,16 @@
-"""AdamW by which a row of a table moves only in the steps that use it."""
+"""How far a step moves each weight: rates in proportion to their size, and AdamW by which rows of tables wait."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
+
+_USUAL, _LEAST = 0.05, 0.002  # root mean squares: of a transformer's weights, and of weights that are nearly zero
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -58,3 +62,16 @@ class RowAdamW(torch.optim.AdamW):
         step = step[:, None]
         move = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt_() + group["eps"])
         table[used] = table[used] * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * move
+
+
+def scale_rates(student: SentenceTransformer, rate: float) -> dict[str, float]:
+    """Return a learning rate for each weight matrix, by a pattern of its name: `rate` where its entries are 0.05 large.
+
+    Adam's steps are as large for all weights. Fitted students have weights of very different size: 1 in their table of
+    words, some hundredths in their layers, a hundredth and less in their head, which moves every vector. Each is moved
+    by the same share of its size, as by LAMB (You et al., 2020).
+    """
+    return {
+        f"^model\\.{re.escape(name)}$": rate * max(_LEAST, float(weight.detach().square().mean().sqrt())) / _USUAL
+        for name, weight in student.named_parameters()
+    }
