@@ -313,7 +313,7 @@ def test_a_query_that_many_texts_share_costs_none_of_them() -> None:
 
 
 def test_what_is_selected_is_held_out_and_selected_again_as_it_comes() -> None:
-    """Of the long texts, a tenth of what was selected by cost, a tenth is held out, and drawn with the same seed."""
+    """By cost an eighth of what is selected is long: so it is of what is held out, and of what is drawn again."""
     records = [Record(f"short {i}") for i in range(1000)] + [Record(f"{i} " + "long " * 100) for i in range(1000)]
 
     def count_long(some: Sequence[Record]) -> int:
