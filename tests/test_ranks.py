@@ -33,7 +33,7 @@ def test_two_processes_give_the_student_of_one(
         "training.minutes=2",
         "training.balance=true",
         "training.dtype=float32",
-        "training.learning_rate=1e-3",
+        "training.learning_rate=3e-4",
         "training.batch_size=64",
         "training.batch_tokens=200",
         "evaluation.tasks=[agreement]",
