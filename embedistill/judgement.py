@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 
-from embedistill.choices import Encodes, IndexKind
+from embedistill.choices import Dtype, Encodes, IndexKind
 from embedistill.corpus.records import Record, choose_kind, load_corpus
 from embedistill.encoding.cached import CachedTeacher
 from embedistill.encoding.hardware import choose_dtype
@@ -83,6 +84,7 @@ def evaluate(
     misspelt: bool = False,
     documents: Encodes = "student",
     floors: bool = True,
+    dtype: Dtype = "float32",
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Report:
@@ -102,6 +104,9 @@ def evaluate(
             built it, the teacher; the student and its floors then search these with their own queries.
         floors: Score beside the student of a run what it has to be better than: itself untrained and the mean of the
             teacher's word vectors with a solved head; and the teacher at the student's dimension.
+        dtype: Number format of the products of student, baselines and floors, where they run on a processor without
+            padding: float32, as they are, bfloat16, or auto: bfloat16 where it is measured faster. All else of them
+            is in fp32.
         out: Folder for the values of every item, report.json and report.html.
         cache_dir: Folder for models and teacher embeddings; default: `default_cache_dir()`.
 
@@ -125,10 +130,11 @@ def evaluate(
     student = locate(str(model), models_dir=cache / "models")
     located = {name: locate(name, models_dir=cache / "models") for name in baselines}
     records = load_corpus(run / "corpus.parquet")["train"] if run else []
-    candidates = _list_candidates(student, local, vectors)
+    products = choose_dtype(dtype)
+    candidates = _list_candidates(student, products, local, vectors)
     if local and vectors and floors and run:
-        candidates += _list_floors(run, cache, local, vectors, records)
-    candidates += [make_candidate(name, one) for name, one in located.items()]
+        candidates += _list_floors(run, cache, local, vectors, records, products=products)
+    candidates += [make_candidate(name, one, products=products) for name, one in located.items()]
     results = score_all(
         loaded,
         candidates,
@@ -297,9 +303,11 @@ def _choose_gate(margin: float | None, segment_margin: float | None) -> float | 
     return segment_margin if segment_margin is not None else margin and min(2 * margin, 0.99)
 
 
-def _list_candidates(student: LocatedModel, teacher: LocalEncoder | None, vectors: Encoder | None) -> list[Candidate]:
+def _list_candidates(
+    student: LocatedModel, products: torch.dtype, teacher: LocalEncoder | None, vectors: Encoder | None
+) -> list[Candidate]:
     """Return the teacher, where there is one, and the student."""
-    judged = make_candidate(STUDENT, student, _find_space(student.path, teacher.located if teacher else None))
+    judged = make_candidate(STUDENT, student, _find_space(student.path, teacher.located if teacher else None), products)
     if not teacher or not vectors:
         return [judged]
     found = teacher.located
@@ -307,7 +315,13 @@ def _list_candidates(student: LocatedModel, teacher: LocalEncoder | None, vector
 
 
 def _list_floors(
-    run: Path, cache: Path, teacher: LocalEncoder, vectors: Encoder, records: Sequence[Record]
+    run: Path,
+    cache: Path,
+    teacher: LocalEncoder,
+    vectors: Encoder,
+    records: Sequence[Record],
+    *,
+    products: torch.dtype,
 ) -> list[Candidate]:
     """Return the floors of the student of a run, where it was made for this teacher, as far as they are kept."""
     space = _find_space(run / "model", teacher.located)
@@ -322,7 +336,8 @@ def _list_floors(
 
     floors = make_floors(run / "model", teacher.model, vectors, sample)
     if (run / "untrained").is_dir():
-        floors.insert(0, make_candidate(UNTRAINED, locate(str(run / "untrained"), models_dir=cache / "models"), space))
+        untrained = locate(str(run / "untrained"), models_dir=cache / "models")
+        floors.insert(0, make_candidate(UNTRAINED, untrained, space, products))
     return floors
 
 

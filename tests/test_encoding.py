@@ -38,6 +38,7 @@ from embedistill.encoding.local import Effort, LocalEncoder, cut_batches
 from embedistill.encoding.packed import PackedBody, can_pack, count_flops
 from embedistill.encoding.targets import find_faults
 from embedistill.errors import EmbedistillError
+from embedistill.evaluation.trial import make_candidate
 from embedistill.teacher import LocatedModel, load, locate
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -155,6 +156,20 @@ def test_what_the_fast_ways_do_not_cover_is_left_to_the_library(
         expected = load(find(tmp_path / "changed")).encode([text], normalize_embeddings=True)
         np.testing.assert_allclose(encoded.vectors, expected, atol=1e-5)
         assert (effort.texts, effort.tokens, effort.flops) == (1, 0, 0)
+
+
+def test_products_alone_may_be_rough_and_only_without_padding(
+    mpnet_dir: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(products: torch.dtype) -> Any:
+        return make_candidate("student", find(mpnet_dir), products=products).encode(texts, "plain")
+
+    exact, rough = encode(torch.float32), encode(torch.bfloat16)
+    encoder = LocalEncoder(find(mpnet_dir), torch.bfloat16)
+    np.testing.assert_array_equal(rough, encoder.run(encoder.prepare(texts, "plain"))[0].vectors)
+    assert 0 < np.abs(rough - exact).max() < 0.02
+    monkeypatch.setattr(local, "can_pack", lambda model: False)
+    np.testing.assert_allclose(encode(torch.bfloat16), exact, atol=1e-6)
 
 
 def test_threads_are_as_they_were(mpnet_dir: Path, texts: list[str]) -> None:

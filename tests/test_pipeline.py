@@ -32,6 +32,7 @@ from embedistill.encoding.local import LocalEncoder
 from embedistill.errors import EmbedistillError, RecipeError, UsageError
 from embedistill.evaluation.comparison import MAIN, Retention
 from embedistill.evaluation.loading import load_task
+from embedistill.evaluation.scoring import load_results
 from embedistill.evaluation.segments import Segment
 from embedistill.precomputation import encode_corpus
 from embedistill.report.document import load_report, save_report
@@ -509,6 +510,22 @@ def test_the_student_of_a_run_has_the_floors_of_its_run_beside_it(
     ):
         (row,) = evaluate(finished / "run", ["STS12"], data=data_dir, **other).comparisons
         assert set(row.values) <= {"teacher", "student"}, other
+
+
+def test_the_products_of_all_but_the_teacher_may_be_rough(
+    finished: Path, teacher_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"teacher": str(teacher_dir), "data": data_dir}
+    evaluate(finished / "run", ["STS12"], **asked, out=tmp_path / "exact")
+    evaluate(finished / "run", ["STS12"], **asked, dtype="bfloat16", out=tmp_path / "rough")
+    exact, rough = (
+        {found.role: np.concatenate([*map(np.array, found.items.values())]) for found in load_results(folder)}
+        for folder in (tmp_path / "exact" / "results", tmp_path / "rough" / "results")
+    )
+    moved = {role for role, values in exact.items() if not np.array_equal(values, rough[role])}
+    assert moved == {"student", "untrained"}  # the others are the teacher's
+    for role in moved:
+        np.testing.assert_allclose(rough[role], exact[role], atol=0.02)
 
 
 def test_the_teacher_of_a_run_has_the_prompts_that_its_recipe_gave_it(

@@ -97,13 +97,15 @@ class LocalEncoder:
     Args:
         located: The teacher.
         dtype: Number format of its layers.
+        products: Number format of the products of layers that run without padding, whose other parts are in fp32
+            always; default: `dtype`.
     """
 
     window = 8192
     """Texts that are sorted by length together, and stored together."""
 
-    def __init__(self, located: LocatedModel, dtype: torch.dtype) -> None:
-        self.located, self.dtype = located, dtype
+    def __init__(self, located: LocatedModel, dtype: torch.dtype, products: torch.dtype | None = None) -> None:
+        self.located, self.dtype, self.products = located, dtype, products or dtype
         self._padded_tokens: int | None = None
 
     @functools.cached_property
@@ -114,7 +116,7 @@ class LocalEncoder:
     @functools.cached_property
     def _packed(self) -> PackedBody | None:
         body = getattr(self.model[0], "model", None)
-        return PackedBody(body, self.dtype) if can_pack(body) else None
+        return PackedBody(body, self.products) if can_pack(body) else None
 
     @functools.cached_property
     def _body(self) -> Any:

@@ -59,10 +59,20 @@ class Candidate:
 
 
 def make_candidate(
-    role: str, located: LocatedModel, space: Callable[[Embeddings], Embeddings] | None = None
+    role: str,
+    located: LocatedModel,
+    space: Callable[[Embeddings], Embeddings] | None = None,
+    products: torch.dtype = torch.float32,
 ) -> Candidate:
-    """Return a model that encodes by itself, in fp32 and without padding where it can."""
-    encoder = LocalEncoder(located, torch.float32)
+    """Return a model that encodes by itself, without padding where it can.
+
+    Args:
+        role: student, untrained, or a baseline's name.
+        located: The model.
+        space: Maps the teacher's vectors into its space, where it has a place there.
+        products: Number format of the products of layers that run without padding; all else is in fp32.
+    """
+    encoder = LocalEncoder(located, torch.float32, products)
     encode_all = partial(encode_here, encoder, role.rpartition("/")[2])
     return Candidate(role, located.name, encode_all, space, encoder.model, located.path)
 
