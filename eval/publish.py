@@ -96,15 +96,15 @@ out) where nothing else is said:
 - **Another start**: all-MiniLM-L6-v2, which keeps 95.3 % of retrieval as it is, keeps 89.6 % after 85 minutes on the
   mix with more queries, and 98.4 % of STS where it had 97.9: where students of the teacher's own weights end.
 
-So the best explanation that there is: the texts, and for the smaller students the budget. Taught by the cosine on
-these texts, students with layers end at 88 to 95 %, even one that started above, and 6 x 768 with 753 steps as with
-1,600. The cosine to the teacher rose to .79 to .89 for as long as the learning rate let it, on texts of which one in
-twenty is long; the documents are long, and Cranfield's are of a field that these texts lack. Larger students keep more
-(3 x 768 91.2 % in 113 minutes, 6 x 768 94.5 % in 85) and miss their aims too. What to try next: passages of many
-fields, with many more steps, as one GPU makes them in an hour; the others from the start that is mended since (below);
-and more distinct texts: 3 x 768 is at .892 on those that it was trained on and at .846 on others, and its head solved
-again does not help. 6 x 384 on the mix with more queries, an hour and three quarters of one core, keeps 98.8 and 90.1 % (`LOG.md`), where
-the one of the table keeps 98.8 and 88.2, which TIME, CISI and STSBenchmark.dev prefer all the same.
+So the best explanation is the texts, and for the smaller students the budget. Taught by the cosine on these texts,
+students with layers end at 88 to 95 %, even one that started above, and 6 x 768 with 753 steps as with 1,600. The
+cosine to the teacher rose to .79 to .89 for as long as the learning rate let it, on texts of which one in twenty is
+long; the documents are long, and Cranfield's are of a field that these texts lack. Larger students keep more (3 x 768
+91.2 % in 113 minutes, 6 x 768 94.5 % in 85) and miss their aims too. What to try next: passages of many fields, with
+many more steps, as one GPU makes them in an hour; the others from the start that is mended since (below); and more
+distinct texts: 3 x 768 is at .892 on those that it was trained on and at .846 on others, and its head solved again
+does not help. 6 x 384 on the mix with more queries, an hour and three quarters of one core, keeps 98.8 and 90.1 %
+(`LOG.md`), where the one of the table keeps 98.8 and 88.2, which TIME, CISI and STSBenchmark.dev prefer all the same.
 
 ## What to keep in mind
 
