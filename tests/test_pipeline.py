@@ -526,6 +526,8 @@ def test_the_products_of_all_but_the_teacher_may_be_rough(
     assert moved == {"student", "untrained"}  # the others are the teacher's
     for role in moved:
         np.testing.assert_allclose(rough[role], exact[role], atol=0.02)
+    with pytest.raises(UsageError, match="dtype: float64; expected auto, float32 or bfloat16"):
+        evaluate(finished / "run", ["STS12"], **asked, dtype="float64")  # type: ignore[arg-type]
 
 
 def test_the_teacher_of_a_run_has_the_prompts_that_its_recipe_gave_it(

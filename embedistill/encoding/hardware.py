@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import torch
 
 from embedistill.choices import Dtype
+from embedistill.errors import UsageError
 
 _FORMATS = (torch.float32, torch.bfloat16)
 _WORTHWHILE = 1.25
 
 
 def choose_dtype(wanted: Dtype, device: str | None = None) -> torch.dtype:
-    """Return the number format for matrix products: with auto, bfloat16 where it is measured faster by a quarter."""
+    """Return the number format for matrix products: with auto, bfloat16 where it is measured faster by a quarter.
+
+    Raises:
+        UsageError: It is none of these.
+    """
+    if wanted not in get_args(Dtype):
+        raise UsageError("dtype", str(wanted), "auto, float32 or bfloat16")
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
     rates = measure_products(device=device)
